@@ -1,0 +1,946 @@
+"""EAT, the Efficient Audio Transformer, in one file: self-supervised pre-training on sound.
+
+    python eat.py --data demo                 watch one learn, about two minutes on a laptop
+    python eat.py --data path/to/sound        your own folder; every flag: python eat.py --help
+
+The method is that of *EAT: Self-Supervised Pre-Training with Efficient Audio Transformer* (Chen, Liang,
+Ma, Zheng, Chen; IJCAI 2024; arXiv 2401.03497). The file runs in the paper's order: patch embedding,
+transformer encoder, inverse block multi-mask, CNN decoder, EMA teacher, utterance-frame objective; then
+checkpoints, the training loop and the command line. Where the paper and the released code differ, the
+code follows "the release" and says so.
+
+Letters in the shape comments:
+    B clips    C clones of each    T frames of 10 ms    H x W = N patches    K kept (visible)    D channels
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+import typing
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------------------
+# Configuration and presets
+# ---------------------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """Something the user can mend: one line, exit status 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """A run that has gone wrong: one line, exit status 1."""
+
+
+
+MEL_BINS = 128  # height of the spectrogram
+PATCH = 16  # a patch is 16 frames (0.16 s) x 16 mel bins; patches do not overlap
+TARGET_EPS = 1e-5  # of the parameter-free norms: targets and decoder
+
+
+def option(default, help, **more):
+    """A dataclass field that is a command-line flag too: `mask_ratio` is `--mask-ratio`."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclasses.dataclass
+class EATConfig:
+    """What the model is. Every default is the released recipe's (base, AudioSet-2M)."""
+
+    dim: int = option(768, "channels D of the encoder")
+    depth: int = option(12, "transformer blocks")
+    heads: int = option(12, "attention heads")
+    mlp_ratio: float = option(4.0, "hidden width of a block's MLP, in units of D")
+    norm_eps: float = option(1e-6, "epsilon of the encoder's LayerNorms")
+    decoder_layers: int = option(6, "convolutions in the CNN decoder")
+    decoder_kernel: int = option(3, "their kernel size")
+    decoder_groups: int = option(16, "their groups")
+    masking: str = option("inverse_block", "which patches stay visible", choices=("inverse_block", "block", "random"))
+    clones: int = option(16, "differently masked copies C of each clip")
+    mask_ratio: float = option(0.8, "share of the patches that is masked")
+    mask_block: int = option(5, "side of a mask block, in patches")
+    mask_adjust: float = option(0.07, "share of the patches added when counting blocks, as blocks overlap")
+    mask_noise_std: float = option(0.01, "standard deviation of what the decoder gets at masked places")
+    # The paper writes L = L_f + lambda * L_u with lambda = 1. The release *sums* the utterance term over the
+    # clips x clones on a GPU (12 x 16) and takes the mean of the frame term over masked patches, so its
+    # lambda = 1 weighs two means as 1 : 192. Both terms are means here, hence 192, whatever the batch.
+    utterance_weight: float = option(192.0, "lambda: weight of the utterance loss; both losses are means")
+    frames: int = option(1024, "length T of a training clip, in frames of 10 ms; a multiple of 16")
+    mean: float = option(-4.268, "mean of the log-mel spectrogram (the release's for AudioSet)")
+    std: float = option(4.569, "standard deviation of the log-mel spectrogram, likewise")
+
+    def __post_init__(self):
+        for bad, why in (
+            (self.dim % self.heads, f"heads ({self.heads}) must divide dim ({self.dim})"),
+            (self.dim % 4, f"dim ({self.dim}) must be a multiple of 4, for the 2-D positions"),
+            (self.dim % self.decoder_groups, f"decoder_groups ({self.decoder_groups}) must divide dim ({self.dim})"),
+            (self.frames % PATCH or self.frames < PATCH, f"frames ({self.frames}) must be a multiple of {PATCH}"),
+            (self.mask_block % 2 == 0, f"mask_block ({self.mask_block}) must be odd"),
+            (min(self.depth, self.clones) < 1, "depth and clones must be at least 1"),
+            (not 0 < self.visible < self.patches, f"mask_ratio ({self.mask_ratio}) must leave some of the "
+             f"{self.patches} patches visible, and some masked"),
+            (self.std <= 0, f"std ({self.std}) must be positive"),
+        ):
+            if bad:
+                raise UsageError(why)
+
+    @property
+    def patches(self):
+        """N of a clip of `frames` frames: 512 for 10 s."""
+        return self.frames // PATCH * (MEL_BINS // PATCH)
+
+    @property
+    def visible(self):
+        """K of those N: 102 of 512."""
+        return visible_patches(self.patches, self.mask_ratio)
+
+    @classmethod
+    def preset(cls, name, **changes):
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in {**PRESETS[name], **changes}.items() if k in names})
+
+
+# What a preset does not name is the default, here and in `TrainConfig` below.
+PRESETS = {
+    "tiny": dict(dim=192, depth=6, heads=3, clones=8, frames=256, steps=1000, batch_size=8, lr=1e-3),
+    "small": dict(dim=384, heads=6),
+    "base": dict(),
+    "large": dict(dim=1024, depth=24, heads=16),
+}
+
+# ---------------------------------------------------------------------------------------------------------
+# Patch embedding ("CNN encoder") and positions
+# ---------------------------------------------------------------------------------------------------------
+
+
+def sincos_positions(H, W, D):
+    """Fixed 2-D sin-cos positions -> (H * W, D). The first D/2 channels tell the frequency column, the last
+    D/2 the time row; they depend on the row and column only, so any length works."""
+    omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
+
+    def encode(p):
+        angles = p[:, None].double() * omega
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    row, column = torch.arange(H).repeat_interleave(W), torch.arange(W).repeat(H)
+    return torch.cat([encode(column), encode(row)], dim=1).float()
+
+
+class PatchEmbedding(nn.Module):
+    """One 16 x 16 convolution of stride 16, plus positions: (B, 1, T, 128) -> (B, N, D), time-major."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Conv2d(1, config.dim, PATCH, stride=PATCH)
+        table = sincos_positions(config.frames // PATCH, MEL_BINS // PATCH, config.dim)
+        self.register_buffer("positions", table, persistent=False)
+
+    def forward(self, spectrogram):
+        x = self.proj(spectrogram)  # (B, D, H, W)
+        H, W = x.shape[2:]
+        positions = self.positions[: H * W]  # patches run row by row, so a shorter clip is a prefix
+        if len(positions) < H * W:
+            positions = sincos_positions(H, W, x.shape[1]).to(x.device)
+        return x.flatten(2).transpose(1, 2) + positions  # (B, N, D)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Transformer encoder
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x):  # (B, L, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        hidden = int(config.dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.dim, hidden)
+        self.fc2 = nn.Linear(hidden, config.dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Post-norm transformer block -> (its output, its *target output*: the MLP's, before residual and norm)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn, self.mlp = Attention(config), MLP(config)
+        self.norm1 = nn.LayerNorm(config.dim, config.norm_eps)
+        self.norm2 = nn.LayerNorm(config.dim, config.norm_eps)
+
+    def forward(self, x):
+        x = self.norm1(x + self.attn(x))
+        f = self.mlp(x)
+        return self.norm2(x + f), f
+
+
+class Encoder(nn.Module):
+    """The network that student and teacher share, and that pre-training is for."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patches = PatchEmbedding(config)
+        self.cls = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.apply(self._init)
+
+    def _init(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, PatchEmbedding):
+            nn.init.xavier_uniform_(module.proj.weight.flatten(1))
+        elif isinstance(module, Encoder):
+            nn.init.normal_(module.cls)
+
+    def forward(self, spectrogram, visible=None, return_targets=False):
+        """(B, 1, T, 128), T any multiple of 16 -> tokens (B, 1 + N, D), CLS first.
+
+        visible: (B, C, K) indices of the patches each clone keeps -> tokens (B * C, 1 + K, D).
+        return_targets: also a list of every block's target output, of the tokens' shape.
+        """
+        x = self.patches(spectrogram)  # (B, N, D)
+        if visible is not None:
+            B, N, D = x.shape
+            rows = visible + N * torch.arange(B, device=x.device)[:, None, None]
+            x = F.embedding(rows.flatten(0, 1), x.flatten(0, 1))  # (B * C, K, D): a gather with a fast backward
+        x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # CLS has no position
+        x = self.norm(x)
+        outputs = []
+        for block in self.blocks:
+            x, f = block(x)
+            outputs.append(f)
+        return (x, outputs) if return_targets else x  # post-norm blocks: no final norm
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Inverse block multi-mask
+# ---------------------------------------------------------------------------------------------------------
+
+
+def visible_patches(patches, mask_ratio):
+    """K: how many of N patches every mask keeps. In floats, as the release counts: 102 of 512, 12 of 64."""
+    return int(patches * (1 - mask_ratio))
+
+
+def inverse_block_mask(clips, clones, grid, mask_ratio=0.8, mask_block=5, mask_adjust=0.07,
+                       masking="inverse_block", device=None, generator=None):
+    """Masks for `clones` views of each of `clips` clips on a grid of (H, W) patches.
+
+    -> (clips, clones, H * W) bool on `device` (the generator's must be the same), True = masked, with exactly
+    K False in every mask. "inverse_block" (EAT): random blocks stay visible; "block": random blocks are
+    masked; "random": every patch for itself. The last two are the paper's comparison.
+    """
+    H, W = grid
+    N, views = H * W, clips * clones
+    K = visible_patches(N, mask_ratio)
+    draw = {"device": device, "generator": generator}
+    score = torch.rand(views, N, **draw)  # the K highest stay visible
+    if masking != "random":
+        area = (mask_ratio if masking == "block" else 1 - mask_ratio) + mask_adjust
+        # The release finds no room for a block in 64 patches (1 s of sound) and silently turns to random
+        # masks; blocks shrink here until one fits.
+        while N * area < mask_block**2 and mask_block > 1:
+            mask_block -= 2
+        blocks = int(N * area / mask_block**2)
+        row = torch.randint(H, (views, blocks, 1, 1), **draw)
+        column = torch.randint(W, (views, blocks, 1, 1), **draw)
+        offset = torch.arange(mask_block, device=device) - mask_block // 2
+        row = (row + offset[:, None]).clamp(0, H - 1)  # (views, blocks, side, 1): blocks end at the edge
+        column = (column + offset).clamp(0, W - 1)  # (views, blocks, 1, side)
+        covered = torch.zeros(views, N, device=device).scatter_(1, (row * W + column).flatten(1), 1.0)
+        # Exactly K: covered patches come first (last, for "block"), and chance decides within each kind.
+        score = score - covered if masking == "block" else score + covered
+    visible = score.topk(K, dim=1, sorted=False).indices
+    return torch.ones(views, N, dtype=torch.bool, device=device).scatter_(1, visible, False).view(clips, clones, N)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# CNN decoder
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Lightweight: 3 x 3 grouped convolutions over the patch grid, (views, N, D) -> (views, N, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, kernel = config.dim, config.decoder_kernel
+        self.convs = nn.ModuleList(
+            nn.Conv2d(D, D, kernel, padding=kernel // 2, groups=config.decoder_groups)
+            for _ in range(config.decoder_layers)
+        )
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, x, grid):
+        x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (views, D, H, W), already channels-last in memory
+        for conv in self.convs:
+            y = conv(x).permute(0, 2, 3, 1)
+            y = F.gelu(F.layer_norm(y, y.shape[-1:], eps=TARGET_EPS))  # over channels, without affine
+            x = x + y.permute(0, 3, 1, 2)
+        return self.proj(x.permute(0, 2, 3, 1).flatten(1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# EAT: student, teacher, utterance-frame objective
+# ---------------------------------------------------------------------------------------------------------
+
+
+class EAT(nn.Module):
+    """Student and decoder learn to predict, from a masked clip, what the teacher makes of the whole clip."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.student = Encoder(config)
+        self.decoder = Decoder(config)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)  # an average of students, in float32
+
+    @torch.no_grad()
+    def update_teacher(self, decay):
+        """EMA: teacher <- decay * teacher + (1 - decay) * student; call it after each optimizer step."""
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def targets(self, spectrogram):
+        """(B, 1, T, 128) -> (B, N, D): once a clip, unmasked. Average of all blocks' target outputs, each
+        instance-normalised over the patches of its clip, then layer-normalised over channels."""
+        _, outputs = self.teacher(spectrogram, return_targets=True)
+        average = sum(F.instance_norm(f[:, 1:].float().transpose(1, 2), eps=TARGET_EPS) for f in outputs) / len(outputs)
+        return F.layer_norm(average.transpose(1, 2), average.shape[1:2], eps=TARGET_EPS)
+
+    def forward(self, spectrogram, mask=None, noise=None):
+        """One step of the objective: (B, 1, T, 128), normalised -> dict of scalars
+        {loss, frame_loss, utterance_loss, target_std, prediction_std}.
+
+        mask: (B, C, N) bool, True = masked, equally many in every view; None draws one.
+        noise: (B, C, N, D) standard normal, what the decoder sees at masked places before scaling; None draws it.
+        """
+        config, B = self.config, len(spectrogram)
+        grid = (spectrogram.shape[2] // PATCH, MEL_BINS // PATCH)
+        if mask is None:
+            mask = draw_masks(config, B, grid, device=spectrogram.device)
+        visible, masked = split_mask(mask, visible_patches(mask.shape[2], config.mask_ratio))  # (B, C, K), (B, C, N - K)
+
+        targets = self.targets(spectrogram)  # (B, N, D)
+        tokens = self.student(spectrogram, visible)  # (B * C, 1 + K, D)
+        decoded = self.decode(tokens[:, 1:], visible, grid, noise).float()  # (B * C, N, D)
+
+        # Frame loss: masked patches only. The release divides squared errors by sqrt(D) and so do both terms here.
+        prediction = take(decoded, masked.flatten(0, 1))  # (B * C, N - K, D)
+        wanted = take(targets, masked.flatten(1)).view_as(prediction)
+        frame_loss = (prediction - wanted).square().sum(-1).mean() / config.dim**0.5
+        # Utterance loss: every clone's CLS against the mean of the clip's targets.
+        cls = tokens[:, 0].float().unflatten(0, mask.shape[:2])  # (B, C, D)
+        utterance_loss = (cls - targets.mean(1, keepdim=True)).square().sum(-1).mean() / config.dim**0.5
+        return {
+            "loss": frame_loss + config.utterance_weight * utterance_loss,
+            "frame_loss": frame_loss.detach(),
+            "utterance_loss": utterance_loss.detach(),
+            "target_std": targets.flatten(0, 1).std(0).mean(),  # either falling towards 0 is collapse
+            "prediction_std": prediction.detach().flatten(0, 1).std(0).mean(),
+        }
+
+    def decode(self, tokens, visible, grid, noise=None):
+        """Visible patches (B * C, K, D) back at their places, noise at the masked ones, through the decoder."""
+        views, K, D = tokens.shape
+        shape = (views, grid[0] * grid[1], D)
+        x = torch.randn(shape, device=tokens.device) if noise is None else noise.view(shape)
+        x = (x * self.config.mask_noise_std).to(tokens.dtype)
+        return self.decoder(x.scatter(1, visible.view(views, K, 1).expand(-1, -1, D), tokens), grid)
+
+
+def draw_masks(config, clips, grid, **draw):
+    return inverse_block_mask(clips, config.clones, grid, config.mask_ratio, config.mask_block,
+                              config.mask_adjust, config.masking, **draw)
+
+
+def split_mask(mask, K):
+    """(B, C, N) bool -> indices of the visible (B, C, K) and of the masked patches (B, C, N - K), in order."""
+    if not torch.compiler.is_compiling() and not (mask.sum(-1) == mask.shape[-1] - K).all():
+        raise ValueError(f"every mask must leave exactly {K} of {mask.shape[-1]} patches visible")
+    order = mask.to(torch.uint8).argsort(dim=-1, stable=True)
+    return order[..., :K], order[..., K:]
+
+
+def take(x, index):
+    """x (B, N, D), index (B, M) -> (B, M, D)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder, state):
+    """Write folder/last.pt; the one before stays as folder/previous.pt. At every moment one of them is whole."""
+    last, previous = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
+    with open(last + ".part", "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if os.path.exists(last):
+        os.replace(last, previous)
+    os.replace(last + ".part", last)
+
+
+def read_checkpoint(path):
+    """A checkpoint of this file's own -> dict of tensors and plain values. No code in it can run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"], state["model"]
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; a checkpoint is the last.pt in the --out folder of a run") from None
+    except Exception as error:  # torch.load fails in many ways on damaged files
+        reason = str(error).split("\n")[0]
+        raise UsageError(f"{path}: not a whole checkpoint of eat.py ({type(error).__name__}: {reason})") from None
+    return state
+
+
+def find_checkpoint(folder):
+    """The newest checkpoint of a run, or None. Only a run killed between two renames has no last.pt."""
+    paths = (os.path.join(folder, name) for name in ("last.pt", "previous.pt"))
+    return next((path for path in paths if os.path.exists(path)), None)
+
+
+def load_pretrained(path):
+    """-> EAT with student, decoder and teacher of a pre-training checkpoint."""
+    state = read_checkpoint(path)
+    model = EAT(EATConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model
+
+
+def load_encoder(path):
+    """-> the pre-trained Encoder (the student's), in eval mode; its `config` has the statistics it expects."""
+    return load_pretrained(path).student.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training: the recipe
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Recipe:
+    """How it is trained. Every default is the released recipe's (AudioSet-2M, base)."""
+
+    data: str = option(None, "sound: a folder, a file, a list of files (one a line, or a release .tsv), or 'demo'")
+    preset: str = option(None, "sizes and recipe; default tiny for the demo, else base", choices=tuple(PRESETS))
+    out: str = option("out", "folder for checkpoints (last.pt, previous.pt) and log.jsonl")
+    resume: bool = option(False, "go on with the run in --out, exactly where its last checkpoint stands")
+    steps: int = option(400_000, "optimizer updates")
+    epochs: float = option(None, "the same, in passes over the data")
+    batch_size: int = option(48, "clips per update, over all processes")
+    accumulate: int = option(1, "parts a process splits its share of the batch into, for less memory")
+    lr: float = option(5e-4, "peak learning rate; in proportion to --batch-size unless given")
+    warmup_steps: int = option(53_333, "linear warm-up; in proportion to --steps unless given")
+    weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
+    beta1: float = option(0.9, "Adam")
+    beta2: float = option(0.95, "Adam")
+    adam_eps: float = option(1e-8, "Adam")
+    grad_clip: float = option(4.0, "largest norm of the gradient")
+    ema_decay: float = option(0.9998, "teacher's decay tau at the start")
+    ema_end_decay: float = option(0.99999, "teacher's decay tau after annealing")
+    ema_anneal_steps: int = option(100_000, "updates from one to the other; in proportion to --steps unless given")
+    collapse_std: float = option(0.01, "stop when targets or predictions vary less than this")
+    stats: str = option("audioset", "mean and std to normalise with: a data set's, or measured on --data",
+                        choices=("audioset", "esc50", "spc2", "measure"))
+    seed: int = option(0, "of weights, data order, masks and noise")
+    workers: int = option(None, "processes that read sound; default: what the machine has, 8 at most")
+    device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
+    compile: bool = option(None, "torch.compile the model; default: on CUDA")
+    log_every: int = option(10, "steps between lines of log.jsonl")
+    save_every: int = option(1000, "steps between checkpoints")
+
+    def scaled(self, **changes):
+        """The recipe with `changes`; what they do not name keeps its proportion to the steps and the batch."""
+        new = dataclasses.replace(self, **changes)
+        for name in ("warmup_steps", "ema_anneal_steps"):
+            if name not in changes:
+                setattr(new, name, round(getattr(self, name) * new.steps / self.steps))
+        if "lr" not in changes:
+            new.lr = self.lr * new.batch_size / self.batch_size
+        return new
+
+    def learning_rate(self, update):
+        """Of update 1, 2, ...: linear warm-up from 0, then one cosine to 0 at the last."""
+        if update <= self.warmup_steps:
+            return self.lr * update / self.warmup_steps
+        progress = (update - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * (1 + math.cos(math.pi * progress)) / 2
+
+    def teacher_decay(self, update):
+        """After update 1, 2, ...: rises linearly, then stays."""
+        progress = min(1.0, update / max(1, self.ema_anneal_steps))
+        return self.ema_decay + (self.ema_end_decay - self.ema_decay) * progress
+
+
+def make_optimizer(model, recipe):
+    """AdamW over student and decoder; no weight decay on biases and other 1-D tensors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(recipe.beta1, recipe.beta2), eps=recipe.adam_eps, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training: the loop
+# ---------------------------------------------------------------------------------------------------------
+# A run is a function of its settings, its data and its seed. What each step draws depends on (seed, step, row
+# of the batch) alone: not on the number of processes or loader workers, nor on where the run was interrupted.
+
+
+class Shares:
+    """Clip numbers for the DataLoader: this process's parts of each step's batch, from step `start` on.
+
+    The clips come in an endless stream of shuffled epochs; step s takes the batch_size positions from
+    s * batch_size. Part m of process r is the rows from (m * world + r) * part_size.
+    """
+
+    def __init__(self, clips, recipe, start, rank, world):
+        self.clips, self.recipe, self.start, self.rank, self.world = clips, recipe, start, rank, world
+        self.part_size = recipe.batch_size // (recipe.accumulate * world)
+
+    def rows(self, part):
+        first = (part * self.world + self.rank) * self.part_size
+        return range(first, first + self.part_size)
+
+    def __iter__(self):
+        epoch, order = None, None
+        for step in range(self.start, self.recipe.steps):
+            for part in range(self.recipe.accumulate):
+                share = []
+                for row in self.rows(part):
+                    position = step * self.recipe.batch_size + row
+                    if position // self.clips != epoch:
+                        epoch = position // self.clips
+                        seed = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+                        order = torch.randperm(self.clips, generator=seed)
+                    share.append(order[position % self.clips].item())
+                yield share
+
+
+def draw_views(config, recipe, step, rows, device):
+    """Masks (B, C, N) and decoder noise (B, C, N, D) for `rows` of the batch of a step."""
+    generator = torch.Generator(device)
+    seed = (recipe.seed * 1_000_003 + step) * 65_536
+    grid = (config.frames // PATCH, MEL_BINS // PATCH)
+    mask = draw_masks(config, recipe.batch_size, grid, device=device, generator=generator.manual_seed(seed))
+    noise = torch.empty(len(rows), config.clones, config.patches, config.dim, device=device)
+    for part, row in zip(noise, rows):
+        part.normal_(generator=generator.manual_seed(seed + 1 + row))
+    return mask[rows.start : rows.stop], noise
+
+
+def ignore_signals(_):
+    """For loader workers: the main process decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Machine:
+    """Where the run is: device, arithmetic, and this process's place among those that torchrun started."""
+
+    def __init__(self, recipe):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        kind = next(kind for kind in here if here[kind]) if recipe.device == "auto" else recipe.device
+        if not here[kind]:
+            raise UsageError(f"--device {kind}: there is none here")
+        self.device, self.dtype = torch.device(kind), torch.float32
+        if kind == "cuda":
+            self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        self.compile = recipe.compile if recipe.compile is not None else kind == "cuda"
+        self.workers = recipe.workers
+        if self.workers is None:
+            self.workers = min(8, max(1, os.cpu_count() // self.world - 1))
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+
+    def wrap(self, model):
+        """The model as the loop calls it."""
+        if self.compile:
+            model = torch.compile(model, dynamic=False)  # all shapes are fixed
+        return nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+
+    @contextlib.contextmanager
+    def arithmetic(self, net, last):
+        """Mixed precision where the device has it; gradients meet after the last part of a batch only."""
+        meet = contextlib.nullcontext() if last or self.world == 1 else net.no_sync()
+        with meet, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+
+    def mean(self, values):
+        """Average of a tensor over the processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+        return values / self.world
+
+    def most(self, number):
+        """Largest of a number over the processes."""
+        value = torch.tensor(float(number), device=self.device)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return value.item()
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def train(config, recipe, clips, machine, resumed=None):
+    """Pre-train on `clips` -> (EAT, its student at the start, the number of the signal that stopped it or 0)."""
+    from data import AudioError, describe_skipped, spectrogram
+
+    device, step = machine.device, 0
+    torch.manual_seed(recipe.seed)
+    model = EAT(config).to(device)
+    start = copy.deepcopy(model.student)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
+    if resumed:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        scaler.load_state_dict(resumed["scaler"])
+        step = resumed["step"]
+    net = machine.wrap(model)
+    shares = Shares(len(clips), recipe, step, machine.rank, machine.world)
+    batches = iter(torch.utils.data.DataLoader(
+        clips, batch_sampler=shares, num_workers=machine.workers, collate_fn=lambda batch: batch,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
+    stop = StopSignal(machine)
+    log = Log(recipe, step, machine)
+
+    while step < recipe.steps and not stop.agreed:
+        for part in range(recipe.accumulate):
+            waveforms, lengths, skipped = next(batches)
+            log.skipped |= skipped
+            if not len(waveforms):
+                raise AudioError(f"{recipe.data}: no clip can be used; {describe_skipped(log.skipped)}")
+            waveforms, lengths = waveforms.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
+            x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)  # (B, 1, T, 128)
+            mask, noise = draw_views(config, recipe, step, shares.rows(part), device)
+            with machine.arithmetic(net, last=part == recipe.accumulate - 1):
+                losses = net(x, mask, noise)
+                scaler.scale(losses["loss"] / recipe.accumulate).backward()
+            log.add(losses)
+        step += 1
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(step)
+        scaler.unscale_(optimizer)
+        log.add({"grad_norm": nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)})
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        model.update_teacher(recipe.teacher_decay(step))
+
+        look = step % recipe.log_every == 0 or step == recipe.steps
+        save = step % recipe.save_every == 0 or step == recipe.steps or stop.agree(look)
+        if look or save:
+            log.write(step)  # stops a run that has gone wrong, so that it is not saved
+        if save and machine.rank == 0:
+            save_checkpoint(recipe.out, {
+                "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "step": step,
+                "clips": len(clips), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict()})
+    log.close()
+    return model, start, stop.agreed if step < recipe.steps else 0
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; the second one ends it at once."""
+
+    def __init__(self, machine):
+        self.machine, self.caught, self.agreed = machine, 0, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        self.caught = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agree(self, look):
+        """The signal to stop for, or 0. Several processes must stop at the same step; they ask when they `look`."""
+        if self.machine.world == 1:
+            self.agreed = self.caught
+        elif look:
+            self.agreed = int(self.machine.most(self.caught))
+        return self.agreed
+
+
+class Log:
+    """log.jsonl, a line every few steps with the averages since the last; and a progress bar on a terminal."""
+
+    def __init__(self, recipe, step, machine):
+        from tqdm import tqdm
+
+        self.recipe, self.machine, self.path = recipe, machine, os.path.join(recipe.out, "log.jsonl")
+        self.skipped, self.named, self.last_step, self.since = {}, 0, step, time.monotonic()
+        self.sums, self.counts = {}, collections.Counter()
+        self.bar = tqdm(total=recipe.steps, initial=step, unit="step", disable=None if machine.rank == 0 else True)
+        if machine.rank == 0 and os.path.exists(self.path):  # what came after the checkpoint will come again
+            with open(self.path) as file:
+                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+            with open(self.path, "w") as file:
+                file.writelines(lines)
+
+    def add(self, values):
+        """Scalars of a step, summed on the device, so that it need not wait."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+            self.counts[name] += 1
+
+    def write(self, step):
+        from data import describe_skipped
+
+        means = self.machine.mean(torch.stack([self.sums[name] / self.counts[name] for name in self.sums]))
+        values = dict(zip(self.sums, means.tolist()))
+        seconds, self.since = time.monotonic() - self.since, time.monotonic()
+        line = {"step": step, **values, "lr": self.recipe.learning_rate(step),
+                "teacher_decay": self.recipe.teacher_decay(step),
+                "clips_per_second": (step - self.last_step) * self.recipe.batch_size / seconds,
+                "skipped": len(self.skipped)}
+        if self.machine.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            short = {name: f"{line[name]:.4g}" for name in ("loss", "frame_loss", "utterance_loss", "target_std",
+                                                            "prediction_std", "lr", "clips_per_second")}
+            self.bar.update(step - self.last_step)
+            self.bar.set_postfix(short)
+            every = max(self.recipe.log_every, self.recipe.steps // 40)
+            if self.bar.disable and (step // every > self.last_step // every or step == self.recipe.steps):
+                print(f"step {step}/{self.recipe.steps}", *(f"{k} {v}" for k, v in short.items()), flush=True)
+            if len(self.skipped) > self.named:
+                self.bar.write(f"skipped {len(self.skipped)}: {describe_skipped(self.skipped)}", file=sys.stderr)
+                self.named = len(self.skipped)
+        self.last_step, self.sums, self.counts = step, {}, collections.Counter()
+        self.check(step, values)
+
+    def check(self, step, values):
+        """Stop a run that has gone wrong."""
+        self.bar.disable or self.bar.refresh()
+        if not all(map(math.isfinite, values.values())):
+            bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+            why, what = f"not finite: {bad}", "a lower --lr, a longer --warmup-steps or a smaller --grad-clip"
+        elif min(values["target_std"], values["prediction_std"]) < self.recipe.collapse_std:
+            why = f"collapsed: target_std {values['target_std']:.2g}, prediction_std {values['prediction_std']:.2g}"
+            what = "a slower teacher (--ema-decay nearer 1), a lower --lr or a larger --batch-size"
+        else:
+            return
+        self.close()
+        raise TrainingStopped(f"stopped at step {step}, {why}. Try {what}; "
+                              f"the last good checkpoint is {find_checkpoint(self.recipe.out) or 'none yet'}")
+
+    def close(self):
+        self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Did it learn? Nearest neighbours on frozen features
+# ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features(encoder, clips, numbers, batch_size=32):
+    """Frozen features of some clips -> {"CLS": (n, D), "mean of patches": (n, D)}, on the CPU."""
+    from data import spectrogram
+
+    config, device, rows = encoder.config, encoder.cls.device, []
+    for chunk in torch.as_tensor(numbers).split(batch_size):
+        waveforms, lengths, _ = clips.__getitems__(chunk.tolist())
+        x = spectrogram(waveforms.to(device), lengths.to(device), config.frames, config.mean, config.std)
+        tokens = encoder(x)
+        rows.append((tokens[:, 0].cpu(), tokens[:, 1:].mean(1).cpu()))
+    return dict(zip(("CLS", "mean of patches"), map(torch.cat, zip(*rows))))
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k=10):
+    """Share of queries (m, D) whose k nearest of the bank (n, D) vote for their label: cosine similarity, features
+    standardised by the bank's mean and deviation, votes weighted by similarity."""
+    mean, std = bank.mean(0), bank.std(0) + 1e-6
+    bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
+    similarity, nearest = (queries @ bank.T).topk(k, dim=1)
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1).scatter_add_(1, bank_labels[nearest], similarity)
+    return (votes.argmax(1) == labels).float().mean().item()
+
+
+def demo_accuracy(encoder, seed):
+    """kNN accuracy on demo clips that no training run sees: 480 in the bank, 240 asked for."""
+    from data import Demo
+
+    held_out = Demo(encoder.config.frames, seed, size=720, held_out=True)
+    labels = torch.as_tensor(held_out.labels)
+    found = features(encoder, held_out, range(720))
+    return {name: knn_accuracy(x[:480], labels[:480], x[480:], labels[480:]) for name, x in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
+
+# What a resumed run may be given anew: where it runs, not what it computes.
+MAY_CHANGE = {"data", "out", "resume", "accumulate", "workers", "device", "compile", "log_every", "save_every"}
+
+
+def add_flags(parser, *kinds):
+    """A flag for every field of some dataclasses; the parsed result holds only those that were given."""
+    for kind in kinds:
+        group = parser.add_argument_group(kind.__name__, kind.__doc__)
+        types = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            default = "" if field.default in (None, False) else f" [{field.default}]"
+            how = {"type": types[field.name], "choices": field.metadata.get("choices")}
+            if types[field.name] is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif not how["choices"]:
+                how["metavar"] = types[field.name].__name__.upper().replace("STR", "TEXT")
+            group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                               help=field.metadata["help"] + default, **how)
+
+
+def settle(given):
+    """Flags -> (EATConfig, Recipe, Clips, the checkpoint to go on from or None)."""
+    from data import STATS, measure_stats, open_clips
+
+    out = given.get("out", Recipe.out)
+    found = find_checkpoint(out)
+    if found and given.get("resume"):
+        resumed = read_checkpoint(found)
+        config, recipe = EATConfig(**resumed["config"]), Recipe(**resumed["recipe"])
+        for name, value in given.items():
+            was = getattr(recipe if hasattr(recipe, name) else config, name)
+            if name not in MAY_CHANGE and value != was:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {out} has {was}, and a resumed run "
+                                 "keeps its settings; start another with another --out")
+        recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if k in MAY_CHANGE})
+        return config, recipe, open_clips(recipe.data, config.frames, recipe.seed), resumed
+    if found:
+        raise UsageError(f"{out} holds a run already: --resume goes on with it, another --out starts beside it")
+    if "data" not in given:
+        raise UsageError("--data is missing: a folder of sound, or 'demo'")
+
+    preset = given.get("preset", "tiny" if given["data"] == "demo" else "base")
+    config = EATConfig.preset(preset, **given)
+    clips = open_clips(given["data"], config.frames, given.get("seed", Recipe.seed))
+    ours = {field.name for field in dataclasses.fields(Recipe)}
+    recipe = Recipe().scaled(**{k: v for k, v in PRESETS[preset].items() if k in ours})
+    changes = {k: v for k, v in given.items() if k in ours}
+    if changes.get("epochs"):
+        changes["steps"] = math.ceil(changes["epochs"] * len(clips) / changes.get("batch_size", recipe.batch_size))
+    recipe = recipe.scaled(**changes, preset=preset) if "preset" not in changes else recipe.scaled(**changes)
+    if not {"mean", "std"} & given.keys():
+        mean, std = STATS[recipe.stats] if recipe.stats in STATS else measure_stats(clips)
+        config = dataclasses.replace(config, mean=mean, std=std)
+    return config, recipe, clips, None
+
+
+def pretrain(given):
+    """The main job -> exit status."""
+    config, recipe, clips, resumed = settle(given)
+    machine = Machine(recipe)
+    parts = recipe.accumulate * machine.world
+    if recipe.batch_size % parts or recipe.batch_size > len(clips):
+        raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of {parts} (parts x processes) and no "
+                         f"more than the {len(clips)} clips of {recipe.data}")
+    try:
+        os.makedirs(recipe.out, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {recipe.out}: {error.strerror}") from None
+    machine.say(describe(config, recipe, clips, machine, resumed))
+    model, start, stopped = train(config, recipe, clips, machine, resumed)
+    path = os.path.join(recipe.out, "last.pt")
+    if stopped:
+        machine.say(f"stopped by {signal.Signals(stopped).name}; the same command with --resume goes on from {path}")
+        return 128 + stopped
+    if recipe.data == "demo" and machine.rank == 0:
+        before, after = (demo_accuracy(encoder, recipe.seed) for encoder in (start, model.student))
+        print(f"\nk-nearest-neighbour accuracy on 240 held-out demo clips (chance {1 / len(clips.classes):.0%}):")
+        for name in before:
+            print(f"    {name:16} {before[name]:6.1%} before  {after[name]:6.1%} after")
+    machine.say(f"the encoder is in {path}")
+    return 0
+
+
+def describe(config, recipe, clips, machine, resumed):
+    """The run in a few lines, every number that was derived among them."""
+    from data import describe_skipped
+
+    size = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
+            (("encoder", Encoder(config)), ("decoder", Decoder(config)))}
+    lines = [
+        f"data     {recipe.data}: {len(clips):,} clips of {config.frames / 100:.2f} s; spectrogram mean {config.mean}, "
+        f"std {config.std}",
+        f"model    {recipe.preset}: encoder {size['encoder']:.1f} M parameters, decoder {size['decoder']:.1f} M; "
+        f"{config.visible} of {config.patches} patches visible in each of {config.clones} clones",
+        f"recipe   {recipe.steps:,} steps x {recipe.batch_size} clips = "
+        f"{recipe.steps * recipe.batch_size / len(clips):.1f} epochs; learning rate {recipe.lr:.3g} after "
+        f"{recipe.warmup_steps:,} steps of warm-up; teacher decay {recipe.ema_decay} to {recipe.ema_end_decay} over "
+        f"{recipe.ema_anneal_steps:,} steps; seed {recipe.seed}",
+        f"machine  {machine.device}, {str(machine.dtype).split('.')[1]}, {'' if machine.compile else 'not '}compiled, "
+        f"{machine.world} process(es) of {machine.workers} loader workers",
+    ]
+    if clips.skipped:
+        lines.append(f"skipped  {len(clips.skipped)} files: {describe_skipped(clips.skipped)}")
+    if resumed:
+        lines.append(f"resumed  at step {resumed['step']:,}")
+        if resumed["clips"] != len(clips):
+            lines.append(f"warning  the run began with {resumed['clips']:,} clips: their order changes from here on")
+    elif recipe.resume:
+        lines.append(f"resumed  nothing, as {recipe.out} holds no checkpoint: starting anew")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    from data import AudioError
+
+    parser = argparse.ArgumentParser(
+        prog="eat.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Pre-train an EAT on a folder of sound.",
+        epilog="examples:\n  python eat.py --data demo\n  python eat.py --data path/to/sound --preset tiny --frames 512")
+    add_flags(parser, Recipe, EATConfig)
+    try:
+        return pretrain(vars(parser.parse_args(argv)))
+    except (UsageError, AudioError) as error:
+        print(f"eat.py: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as error:
+        print(f"eat.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
