@@ -127,15 +127,18 @@ def spectrogram(waveforms, lengths, frames, mean, std):
 def measure_stats(clips, most=1000):
     """Mean and standard deviation of the log-mel spectrogram over at most `most` clips, evenly chosen; padding
     does not count -> (mean, std)."""
-    total = np.zeros(3)
-    for chunk in np.array_split(np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int), 32):
-        if len(chunk):
-            waveforms, lengths, _ = clips.__getitems__(chunk.tolist())
-            for waveform, length in zip(waveforms, lengths):
-                x = fbank(waveform[None, :length]).double()
-                total += x.numel(), x.sum().item(), x.square().sum().item()
-    count, mean, square = total[0], total[1] / total[0], total[2] / total[0]
-    return round(mean, 4), round(math.sqrt(square - mean**2), 4)
+    count = total = squares = 0
+    chosen = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
+    for numbers in np.array_split(chosen, math.ceil(len(chosen) / 32)):
+        waveforms, lengths, _ = clips.__getitems__(numbers.tolist())
+        x = fbank(waveforms).double()
+        sound = torch.arange(x.shape[1]) < ((lengths - WINDOW) // SHIFT + 1)[:, None]
+        x = x[sound]
+        count, total, squares = count + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
+    if not count:
+        raise AudioError(f"{clips.name(0)}: neither it nor any other clip can be used")
+    mean = total / count
+    return round(mean, 4), round(math.sqrt(squares / count - mean**2), 4)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ def open_clips(path, frames, seed=0):
     if path == "demo":
         return Demo(frames, seed)
     if not os.path.exists(path):
-        raise AudioError(f"{path}: no such file or folder; --data takes a folder, a sound file, a list or 'demo'")
+        raise AudioError(f"{path}: no such file or folder; expected a folder, a sound file, a list of files or 'demo'")
     paths = find_audio(path)
     if not paths:
         raise AudioError(f"{path}: no sound in it; looked for files ending in {' '.join(AUDIO_ENDINGS)}")
@@ -317,3 +320,66 @@ class Demo(Clips):
         start = rng.integers(self.samples - length)
         sound[start : start + length] += event
         return torch.from_numpy(sound * 10 ** rng.uniform(-1.5, -0.5) / np.abs(sound).max()).float()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A picture for people who would rather look
+# ---------------------------------------------------------------------------------------------------------
+
+
+def show(clip, out, seed=0):
+    """Draw the first 10 s of a sound file: waveform, spectrogram with its patches, and four of its masks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from eat import PATCH, EATConfig, draw_masks  # here, since eat.py imports this file
+
+    waveform = open_clips(clip, 256 if clip == "demo" else 1024, seed).usable(0)
+    frames = math.ceil(max(1, (len(waveform) - WINDOW) // SHIFT + 1) / PATCH) * PATCH
+    config = EATConfig(frames=max(frames, 2 * PATCH))
+    image = spectrogram(waveform[None], torch.tensor([len(waveform)]), config.frames, config.mean, config.std)[0, 0].T
+    grid = (config.frames // PATCH, MEL_BINS // PATCH)
+    masks = draw_masks(config, 1, grid, generator=torch.Generator().manual_seed(seed))[0].view(-1, *grid)
+
+    figure = plt.figure(figsize=(12, 8), layout="constrained")
+    rows = figure.add_gridspec(3, 4)
+    seconds = config.frames / 100
+    axes = figure.add_subplot(rows[0, :])
+    axes.plot(np.arange(len(waveform)) / SAMPLE_RATE, waveform, linewidth=0.5)
+    axes.set(xlim=(0, seconds), xlabel="seconds", title=os.path.basename(clip))
+    look = {"origin": "lower", "aspect": "auto", "extent": (0, seconds, 0, MEL_BINS), "cmap": "magma"}
+    axes = figure.add_subplot(rows[1, :])
+    axes.imshow(image, **look)
+    axes.set(xlabel="seconds", ylabel="mel bin", title=f"log-mel spectrogram: {grid[0]} x {grid[1]} patches")
+    axes.vlines(np.arange(1, grid[0]) * PATCH / 100, 0, MEL_BINS, color="white", linewidth=0.4)
+    axes.hlines(np.arange(1, grid[1]) * PATCH, 0, seconds, color="white", linewidth=0.4)
+    for k in range(4):
+        axes = figure.add_subplot(rows[2, k])
+        hidden = masks[k].T.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
+        axes.imshow(np.ma.masked_array(image, hidden), **look)
+        axes.set(facecolor="lightgray", xticks=[], yticks=[], title=f"clone {k + 1}: {config.visible} patches visible")
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.py", description="Look at sound as EAT sees it.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    shower = commands.add_parser("show", help="draw a clip: waveform, spectrogram, patches, four masks")
+    shower.add_argument("clip", help="a sound file, or 'demo'")
+    shower.add_argument("--out", default="clip.png", help="the picture [clip.png]")
+    shower.add_argument("--seed", type=int, default=0, help="of the masks [0]")
+    args = parser.parse_args(argv)
+    try:
+        show(args.clip, args.out, args.seed)
+    except (AudioError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

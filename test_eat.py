@@ -1,0 +1,677 @@
+"""Every test, grouped by the file it tests:  pytest test_eat.py
+
+Those that need the released code's fixtures or real sound look for them in ../shared and skip without it.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+import torchaudio
+
+import data
+import eat
+from data import AudioError, fbank, load_audio, open_clips, spectrogram
+from eat import EAT, EATConfig, Encoder, Recipe, inverse_block_mask
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared"
+fixtures = pytest.mark.skipif(not (SHARED / "fixtures").exists(), reason="needs ../shared/fixtures")
+real_sound = pytest.mark.skipif(not (SHARED / "data").exists(), reason="needs ../shared/data")
+
+# The model of the fixtures, and one small enough to train in a test.
+FIXTURE = dict(dim=64, depth=3, heads=4, frames=256, clones=4, mask_noise_std=0.0, utterance_weight=1.0)
+SMALL = dict(dim=32, depth=2, heads=2, frames=64, clones=2, decoder_layers=2)
+SMALL_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+
+
+def release_name(name):
+    """A parameter of EAT -> what the release calls it (student and decoder; the teacher's as the student's)."""
+    place = "modality_encoders.IMAGE."
+    name = name.removeprefix("student.").removeprefix("teacher.")
+    if name.startswith("decoder.convs."):
+        _, _, layer, kind = name.split(".")
+        return f"{place}decoder.blocks.{layer}.0.{kind}"
+    for ours, theirs in {"cls": "extra_tokens", "patches.proj": "local_encoder.proj", "norm": "context_encoder.norm",
+                         "decoder": "decoder"}.items():
+        if name == ours or name.startswith(ours + "."):
+            return place + theirs + name.removeprefix(ours)
+    return name
+
+
+def relative_error(x, reference):
+    return ((x - reference).norm() / reference.norm()).item()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# eat.py: parity with the release
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def formula():
+    """Model, spectrogram and mask that formulas give, on which the released code printed the figures below."""
+    model = EAT(EATConfig(**FIXTURE))
+    for name, p in model.named_parameters():
+        theirs = release_name(name)
+        i = torch.arange(p.numel(), dtype=torch.float64)
+        v = torch.cos(0.37 * i + zlib.crc32(theirs.encode()) % 997 + name.startswith("teacher"))
+        if theirs.endswith("bias"):
+            v = 0.02 * v
+        elif p.ndim == 1:
+            v = 1 + 0.1 * v
+        elif theirs.endswith("extra_tokens"):
+            v = 0.5 * v
+        else:
+            v = v * 0.5 / math.sqrt(p.numel() / p.shape[0])
+        p.data = v.float().view(p.shape)
+    b = torch.arange(2, dtype=torch.float64)[:, None, None, None]
+    t, f = torch.arange(256, dtype=torch.float64)[:, None], torch.arange(128, dtype=torch.float64)
+    x = torch.sin(0.05 * t + 0.11 * f + 0.7 * b + 0.001 * t * f).float()
+    b, c, n = torch.meshgrid(torch.arange(2), torch.arange(4), torch.arange(128), indexing="ij")
+    return model, x, (37 * n + 11 * c + 5 * b) % 128 >= 25
+
+
+def test_forward_equals_the_release(formula):
+    model, x, mask = formula
+    losses = model(x, mask)
+    assert losses["frame_loss"].item() == pytest.approx(22.156864, rel=1e-6)
+    assert losses["utterance_loss"].item() == pytest.approx(7.8057818, rel=1e-6)
+    targets, tokens = model.targets(x), model.student(x)
+    for got, want, within in (  # some channels vary by 5e-4 only: normalising them magnifies float32's rounding
+        (targets[0, 0, :4], [-1.0623108, -0.4307056, 0.5188150, 0.9966463], 2e-4),
+        (targets[1, 100, 60:], [-1.5293593, -1.2909735, -0.1522195, 0.4014070], 2e-4),
+        (tokens[0, 0, :4], [-1.3777491, -1.1289545, -0.7422174, -0.1943505], 5e-6),
+        (tokens[1, 77, :4], [-0.4975727, 0.8869479, 0.5765868, -0.2733991], 5e-6),
+        (tokens.abs().mean(), 0.82830022, 5e-6),
+    ):
+        torch.testing.assert_close(got, torch.tensor(want), atol=within, rtol=0)
+
+
+def test_gradients_equal_the_release(formula):
+    model, x, mask = formula
+    model.zero_grad()
+    model(x, mask)["loss"].backward()
+    norms = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            group = next(group for group in GRADIENT_NORMS if name.startswith(group))
+            norms[group] = math.hypot(norms.get(group, 0), p.grad.norm().item())
+    assert norms == pytest.approx(GRADIENT_NORMS, rel=1e-5)
+    assert all(p.grad is None for p in model.teacher.parameters())
+
+
+GRADIENT_NORMS = {
+    "student.patches": 141.73095,
+    "student.cls": 0.58477002,
+    "student.norm": 18.628572,
+    "student.blocks.0": 74.760225,
+    "student.blocks.1": 81.628987,
+    "student.blocks.2": 87.775928,
+    "decoder.convs": 1031.6760,
+    "decoder.proj": 21.953758,
+}
+
+
+@fixtures
+def test_a_whole_step_equals_the_release():
+    fixture = torch.load(SHARED / "fixtures/tiny/pretrain.pt", weights_only=True)
+    views = fixture["mask"].shape[0] * fixture["mask"].shape[1]  # the release sums the utterance loss over views
+    model = EAT(EATConfig(**{**FIXTURE, "utterance_weight": float(views)}))
+
+    def load(states):
+        for part, state in states.items():
+            for name, p in getattr(model, part).named_parameters(part):
+                p.data.copy_(state[release_name(name)])
+
+    load({"student": fixture["student"], "decoder": fixture["student"], "teacher": fixture["teacher"]})
+    x, mask = fixture["spectrogram"], fixture["mask"]
+    visible, _ = eat.split_mask(mask, 25)
+    tokens = model.student(x, visible)
+    close = dict(atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(model.targets(x), fixture["targets"], **close)
+    # The release keeps the visible patches in whatever order its sort leaves them.
+    order = torch.cdist(fixture["student_tokens"], tokens).argmin(2)
+    assert (order.sort(1).values == torch.arange(26)).all() and (order[:, 0] == 0).all()
+    torch.testing.assert_close(eat.take(tokens, order), fixture["student_tokens"], **close)
+    torch.testing.assert_close(model.decode(tokens[:, 1:], visible, (16, 8)), fixture["decoder_tokens"], **close)
+
+    losses = model(x, mask)
+    assert losses["frame_loss"].item() == pytest.approx(fixture["frame_loss"], rel=1e-6)
+    assert losses["utterance_loss"].item() * views == pytest.approx(fixture["utterance_loss_summed_over_views"], rel=1e-6)
+    assert losses["loss"].item() == pytest.approx(fixture["total_loss"], rel=1e-6)
+    losses["loss"].backward()
+    grads = {release_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert grads.keys() == fixture["grads"].keys()
+    for name, grad in grads.items():
+        assert relative_error(grad, fixture["grads"][name]) < 1e-4, name
+
+    load({"student": fixture["student_after_step"]})
+    model.update_teacher(fixture["ema_decay_of_that_step"])
+    for name, p in model.teacher.named_parameters():
+        torch.testing.assert_close(p, fixture["teacher_after_ema"][release_name(name)], atol=1e-7, rtol=1e-6)
+
+
+def test_base_is_the_size_the_paper_says():
+    with torch.device("meta"):
+        model = EAT(EATConfig())
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("student", "decoder")}
+    assert round(sum(sizes.values()) / 1e6) == 88
+
+
+# ---------------------------------------------------------------------------------------------------------
+# eat.py: the parts
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_positions_tell_the_column_first_and_the_row_second():
+    D, (H, W) = 16, (5, 8)
+    table = eat.sincos_positions(H, W, D)
+    for row, column in ((0, 0), (1, 0), (0, 1), (4, 7)):
+        want = []
+        for p in (column, row):
+            omegas = [10000 ** (-i / (D // 4)) for i in range(D // 4)]
+            want += [math.sin(p * w) for w in omegas] + [math.cos(p * w) for w in omegas]
+        torch.testing.assert_close(table[row * W + column], torch.tensor(want))
+
+
+def test_a_clip_longer_or_shorter_than_the_table_gets_the_same_positions():
+    short, long = (Encoder(EATConfig(**{**SMALL, "frames": frames})) for frames in (32, 128))
+    long.load_state_dict(short.state_dict())
+    x = torch.randn(2, 1, 96, 128)
+    torch.testing.assert_close(short(x), long(x))
+
+
+def test_masked_patches_never_reach_the_student():
+    config = EATConfig(**SMALL)
+    encoder, x = Encoder(config), torch.randn(3, 1, 64, 128)
+    mask = eat.draw_masks(config, 3, (4, 8))
+    visible, masked = eat.split_mask(mask, config.visible)
+    tokens = encoder(x, visible)
+    assert tokens.shape == (6, 1 + config.visible, 32)
+    hidden = mask[:, 1].view(3, 1, 4, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    other = encoder(torch.where(hidden, torch.randn_like(x), x), visible).view(3, 2, -1, 32)
+    torch.testing.assert_close(other[:, 1], tokens.view(3, 2, -1, 32)[:, 1])
+    assert not torch.allclose(other[:, 0], tokens.view(3, 2, -1, 32)[:, 0])
+
+
+@pytest.mark.parametrize("masking", ["inverse_block", "block", "random"])
+@pytest.mark.parametrize("grid", [(64, 8), (32, 8), (8, 8), (4, 8)])
+def test_every_mask_keeps_exactly_K(masking, grid):
+    N = grid[0] * grid[1]
+    mask = inverse_block_mask(40, 3, grid, masking=masking)
+    assert mask.shape == (40, 3, N) and mask.dtype == torch.bool
+    assert set((~mask).sum(-1).flatten().tolist()) == {{512: 102, 256: 51, 64: 12, 32: 6}[N]}
+
+
+def slow_inverse_block_mask(H, W, rng):
+    """One mask as REFERENCE says it, patch by patch -> visible (H, W) bool."""
+    keep, visible = int(H * W * (1 - 0.8)), np.zeros((H, W), bool)
+    for _ in range(int(H * W * (0.2 + 0.07) / 25)):
+        row, column = rng.integers(H), rng.integers(W)
+        for r in range(-2, 3):
+            for c in range(-2, 3):
+                visible[min(max(row + r, 0), H - 1), min(max(column + c, 0), W - 1)] = True
+    flat = visible.ravel()
+    while flat.sum() > keep:
+        flat[rng.choice(np.flatnonzero(flat))] = False
+    while flat.sum() < keep:
+        flat[rng.choice(np.flatnonzero(~flat))] = True
+    return visible
+
+
+def neighbours(visible):
+    """Mean count of visible neighbour pairs along time and along frequency, and the frequency of each patch."""
+    time_pairs = (visible[:, 1:] & visible[:, :-1]).sum((1, 2)).double()
+    frequency_pairs = (visible[:, :, 1:] & visible[:, :, :-1]).sum((1, 2)).double()
+    return time_pairs, frequency_pairs, visible.double().mean(0)
+
+
+def test_inverse_block_masks_are_distributed_as_a_slow_version():
+    rng, n = np.random.default_rng(0), 2000
+    slow = neighbours(torch.from_numpy(np.stack([slow_inverse_block_mask(32, 8, rng) for _ in range(n)])))
+    fast = neighbours(~inverse_block_mask(n, 1, (32, 8), generator=torch.Generator().manual_seed(0)).view(n, 32, 8))
+    for a, b in zip(slow[:2], fast[:2]):
+        assert abs(a.mean() - b.mean()) < 4 * math.sqrt((a.var() + b.var()) / n)
+    error = (slow[2] * (1 - slow[2]) * 2 / n).sqrt()
+    assert ((slow[2] - fast[2]).abs() < 4.5 * error).all()
+
+
+@fixtures
+def test_inverse_block_masks_are_distributed_as_the_release():
+    release = torch.load(SHARED / "fixtures/mask_statistics.pt", weights_only=True)
+    n = release["n"]
+    visible = ~inverse_block_mask(n // 16, 16, (64, 8), generator=torch.Generator().manual_seed(0)).view(n, 64, 8)
+    time_pairs, frequency_pairs, frequency = neighbours(visible)
+    for pairs, name in ((time_pairs, "time"), (frequency_pairs, "freq")):
+        error = release[f"{name}_neighbour_pairs_std"] * math.sqrt(2 / n)
+        assert abs(pairs.mean().item() - release[f"{name}_neighbour_pairs_mean"]) < 3.5 * error
+    error = (frequency * (1 - frequency) * 2 / n).sqrt()
+    assert ((frequency - release["visible_frequency"]).abs() < 4.5 * error).all()
+
+
+def test_masking_kinds_cluster_what_their_names_say():
+    def clusters(kind, of_masked):
+        mask = inverse_block_mask(500, 1, (32, 8), masking=kind, generator=torch.Generator().manual_seed(0)).view(-1, 32, 8)
+        return neighbours(mask if of_masked else ~mask)[0].mean()
+
+    assert clusters("inverse_block", False) > 1.8 * clusters("random", False)
+    assert clusters("block", True) > 1.03 * clusters("random", True)
+
+
+def test_a_short_clip_still_gets_a_block():
+    """The release's count of 5 x 5 blocks in 1 s of sound is 0, which would leave the masks random."""
+    visible = ~inverse_block_mask(500, 1, (8, 8), generator=torch.Generator().manual_seed(0)).view(-1, 8, 8)
+    squares = F.avg_pool2d(visible[:, None].float(), 3, stride=1) == 1
+    inner = squares.flatten(1).any(1).float().mean()
+    assert inner > 0.5  # a 3 x 3 block is whole unless its centre lies at the edge (28 of 64)
+
+
+def test_a_mask_of_another_size_is_refused():
+    model = EAT(EATConfig(**SMALL))
+    mask = torch.ones(1, 2, 32, dtype=torch.bool)
+    mask[..., :7] = False
+    with pytest.raises(ValueError, match="exactly 6 of 32"):
+        model(torch.randn(1, 1, 64, 128), mask)
+
+
+def test_the_standard_deviations_show_collapse():
+    model, x = EAT(EATConfig(**SMALL)), torch.randn(4, 1, 64, 128)
+    assert min(model(x)[name] for name in ("target_std", "prediction_std")) > 0.05
+    torch.nn.init.zeros_(model.decoder.proj.weight)
+    assert model(x)["prediction_std"] < 1e-6
+
+
+def test_silence_gives_a_finite_loss():
+    assert EAT(EATConfig(**SMALL))(torch.zeros(2, 1, 64, 128))["loss"].isfinite()
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(heads=5), "heads"), (dict(frames=100), "frames"), (dict(mask_ratio=1.0), "mask_ratio"),
+    (dict(mask_ratio=0.0), "mask_ratio"), (dict(std=0.0), "std"), (dict(dim=36, heads=2), "decoder_groups"),
+])
+def test_impossible_sizes_are_refused(wrong, says):
+    with pytest.raises(eat.UsageError, match=says):
+        EATConfig(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# eat.py: the recipe
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_and_teacher_decay_of_the_release():
+    recipe = Recipe()
+    assert recipe.learning_rate(53_333) == pytest.approx(5e-4)
+    assert recipe.learning_rate(1) == pytest.approx(5e-4 / 53_333)
+    assert recipe.learning_rate((400_000 + 53_333) // 2) == pytest.approx(2.5e-4, rel=1e-4)
+    assert recipe.learning_rate(400_000) == pytest.approx(0, abs=1e-12)
+    assert recipe.teacher_decay(50_000) == pytest.approx((0.9998 + 0.99999) / 2)
+    assert recipe.teacher_decay(300_000) == 0.99999
+
+
+def test_other_steps_and_batches_keep_the_proportions():
+    recipe = Recipe().scaled(steps=4000, batch_size=12)
+    assert (recipe.warmup_steps, recipe.ema_anneal_steps, recipe.lr) == (533, 1000, 1.25e-4)
+    recipe = Recipe().scaled(steps=4000, batch_size=12, lr=1e-3, warmup_steps=10)
+    assert (recipe.warmup_steps, recipe.ema_anneal_steps, recipe.lr) == (10, 1000, 1e-3)
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model = EAT(EATConfig(**SMALL))
+    decayed, spared = eat.make_optimizer(model, Recipe()).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 1)[-1] for p in decayed["params"]} == {"weight", "cls"}
+    assert all(names[id(p)].endswith("bias") or ".norm" in names[id(p)] for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_an_epoch_is_every_clip_once_and_processes_share_it():
+    recipe = Recipe(steps=5, batch_size=8, accumulate=2, seed=3)
+    alone = [sum(parts, []) for parts in pairs(eat.Shares(20, recipe, 0, rank=0, world=1))]
+    assert sorted(sum(alone, [])[:20]) == sorted(sum(alone, [])[20:40]) == list(range(20))
+    assert sum(alone, [])[:20] != sum(alone, [])[20:40]
+    both = [pairs(eat.Shares(20, recipe, 0, rank, world=2)) for rank in (0, 1)]
+    together = [a[0] + b[0] + a[1] + b[1] for a, b in zip(*both)]
+    assert together == alone
+    assert pairs(eat.Shares(20, recipe, 3, rank=0, world=1)) == pairs(eat.Shares(20, recipe, 0, 0, 1))[3:]
+
+
+def pairs(parts):
+    parts = list(parts)
+    return list(zip(parts[::2], parts[1::2]))
+
+
+def test_what_a_row_draws_does_not_depend_on_its_share():
+    config, recipe = EATConfig(**SMALL), Recipe(batch_size=6, seed=1)
+    mask, noise = eat.draw_views(config, recipe, 7, range(6), "cpu")
+    part_mask, part_noise = eat.draw_views(config, recipe, 7, range(2, 5), "cpu")
+    assert torch.equal(part_mask, mask[2:5]) and torch.equal(part_noise, noise[2:5])
+    assert noise.std().item() == pytest.approx(1, abs=0.05) and not torch.equal(noise[0], noise[1])
+    assert not torch.equal(eat.draw_views(config, recipe, 8, range(6), "cpu")[0], mask)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# eat.py: runs
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Twelve files of real lengths and loudness: tones in noise, one of them much longer than a clip."""
+    folder = tmp_path_factory.mktemp("sounds")
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        t = np.arange(60_000 if k == 0 else 9000 + 500 * k) / 16_000
+        wave = np.sin(2 * np.pi * 200 * (k + 1) * t) * 0.1 + 0.01 * rng.standard_normal(len(t))
+        soundfile.write(folder / f"{k:02}.wav", wave, 16_000)
+    return folder
+
+
+def flags(sounds, out, *more):
+    return [f"--data={sounds}", f"--out={out}", "--steps=8", "--batch-size=4", "--log-every=1", "--lr=1e-3",
+            "--device=cpu", "--workers=0", *SMALL_FLAGS, *more]
+
+
+def weights(out):
+    state = torch.load(Path(out) / "last.pt", weights_only=True)
+    return state["step"], state["model"]
+
+
+def assert_same_weights(a, b):
+    (step, a), (other_step, b) = weights(a), weights(b)
+    assert step == other_step and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole_run(sounds, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert eat.main(flags(sounds, out)) == 0
+    return out
+
+
+def start(*arguments, **environment):
+    return subprocess.Popen([sys.executable, *arguments], cwd=HERE, env={**os.environ, **environment},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(process, out, step):
+    """Until the run in `out` has logged `step`."""
+    while process.poll() is None:
+        path = Path(out) / "log.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"ended before step {step}: {process.stdout.read()}")
+
+
+def test_a_run_learns_logs_and_leaves_an_encoder(whole_run, sounds):
+    lines = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"loss", "frame_loss", "utterance_loss", "target_std", "prediction_std", "grad_norm", "lr", "teacher_decay",
+            "clips_per_second", "skipped"} <= lines[0].keys()
+    encoder, model = eat.load_encoder(whole_run / "last.pt"), eat.load_pretrained(whole_run / "last.pt")
+    x = torch.randn(1, 1, 64, 128)
+    torch.testing.assert_close(encoder(x), model.student(x))
+    teacher, student = model.teacher.state_dict(), model.student.state_dict()
+    assert any(not torch.equal(teacher[name], student[name]) for name in teacher)
+
+
+def test_a_run_that_is_told_to_stop_resumes_exactly(whole_run, sounds, tmp_path):
+    """SIGTERM in the middle, then another number of loader workers: bit by bit the undisturbed run."""
+    run = flags(sounds, tmp_path, "--workers=2")
+    process = start("eat.py", *run)
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume" in said and "Traceback" not in said, said
+    assert 2 <= weights(tmp_path)[0] < 8
+    assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
+    assert_same_weights(tmp_path, whole_run)
+    lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, 9))
+
+
+def test_a_run_that_is_killed_resumes_exactly(whole_run, sounds, tmp_path):
+    process = start("eat.py", *flags(sounds, tmp_path, "--save-every=2"))
+    wait_for_step(process, tmp_path, 4)
+    process.kill()
+    process.communicate()
+    os.rename(tmp_path / "last.pt", tmp_path / "previous.pt")  # as if killed between the two renames
+    assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
+    assert_same_weights(tmp_path, whole_run)
+
+
+@pytest.mark.parametrize("more", [["--accumulate=2"], []], ids=["accumulated", "two processes"])
+def test_a_shared_batch_gives_the_same_gradients(whole_run, sounds, tmp_path, more):
+    """One step: Adam's first moment is (1 - beta1) x the gradient, mask and noise included."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    step = ["--steps=1", "--grad-clip=1e9"]
+    assert eat.main(flags(sounds, one, *step)) == 0
+    if more:
+        assert eat.main(flags(sounds, two, *step, *more)) == 0
+    else:
+        process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eat.py",
+                        *flags(sounds, two, *step), OMP_NUM_THREADS="1")
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    moments = [torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"] for out in (one, two)]
+    assert len(moments[0]) == len(moments[1]) > 20
+    for key in moments[0]:
+        assert relative_error(moments[1][key]["exp_avg"], moments[0][key]["exp_avg"]) < 1e-5
+
+
+def test_a_run_that_goes_wrong_stops_and_keeps_the_last_good_checkpoint(sounds, tmp_path, capsys):
+    run = flags(sounds, tmp_path, "--save-every=1", "--lr=1e30", "--grad-clip=1e30", "--warmup-steps=0")
+    assert eat.main(run) == 1
+    said = capsys.readouterr().err
+    assert "not finite" in said and "lower --lr" in said and "last.pt" in said
+    step, state = weights(tmp_path)
+    assert step >= 1 and all(x.isfinite().all() for x in state.values())
+    assert eat.main(flags(sounds, tmp_path / "2", "--collapse-std=100")) == 1
+    assert "collapsed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (["--data=nowhere"], "no such file or folder"),
+    (["--data={empty}"], "no sound in it"),
+    (["--data={broken}"], "none of the 1 files"),
+    (["--heads=5"], "heads (5) must divide dim"),
+    (["--frames=100"], "multiple of 16"),
+    (["--batch-size=1000"], "1000"),
+    (["--batch-size=6", "--accumulate=4"], "multiple of 4"),
+    (["--out={whole_run}"], "--resume"),
+    (["--out={whole_run}", "--resume", "--lr=0.5"], "--lr 0.5"),
+    (["--device=cuda"], "--device cuda"),
+])
+def test_bad_input_gets_one_line_and_status_2(wrong, says, sounds, whole_run, tmp_path, capsys):
+    if torch.cuda.is_available() and wrong == ["--device=cuda"]:
+        pytest.skip("there is a CUDA device")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken" / "a.wav").write_text("no sound")
+    places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken", "whole_run": whole_run}
+    assert eat.main(flags(sounds, tmp_path / "out", *(flag.format(**places) for flag in wrong))) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    for content in (b"", b"<html>not found</html>", b"PK\x03\x04 cut short"):
+        (tmp_path / "last.pt").write_bytes(content)
+        with pytest.raises(eat.UsageError, match="last.pt: not a whole checkpoint"):
+            eat.load_encoder(tmp_path / "last.pt")
+    with pytest.raises(eat.UsageError, match="no such file"):
+        eat.load_encoder(tmp_path / "nowhere.pt")
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit):
+        eat.main(["--help"])
+    said = capsys.readouterr().out
+    for kind in (Recipe, EATConfig):
+        assert all("--" + name.replace("_", "-") in said for name in kind.__dataclass_fields__)
+
+
+def test_nearest_neighbours_by_hand():
+    bank = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+    labels = torch.tensor([0, 0, 1, 1])
+    queries = torch.tensor([[2.0, 0.0], [-3.0, 0.01]])
+    assert eat.knn_accuracy(bank, labels, queries, torch.tensor([0, 1]), k=2) == 1.0
+    assert eat.knn_accuracy(bank, labels, queries, torch.tensor([1, 1]), k=2) == 0.5
+
+
+@real_sound
+@pytest.mark.parametrize("folder", ["esc10", "pool"])
+def test_real_sound_trains(folder, tmp_path):
+    run = flags(SHARED / "data" / folder, tmp_path, "--frames=512", "--steps=3", "--stats=measure", "--workers=1")
+    assert eat.main(run) == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert -8 < state["config"]["mean"] < -6 and 4.5 < state["config"]["std"] < 6.5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# data.py
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_fbank_equals_kaldi_for_every_row():
+    waveforms = torch.randn(4, 12_345, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0.1, 1e-3, 0])[:, None]
+    waveforms[1] += torch.sin(torch.arange(12_345) * 0.2)
+    ours = fbank(waveforms)
+    for row, waveform in zip(ours, waveforms):
+        kaldi = torchaudio.compliance.kaldi.fbank(
+            waveform[None], htk_compat=True, sample_frequency=16000, use_energy=False, window_type="hanning",
+            num_mel_bins=128, dither=0, frame_shift=10)
+        torch.testing.assert_close(row, kaldi, atol=1e-4, rtol=0)
+
+
+def test_padding_comes_before_the_normalisation():
+    waveform = torch.randn(16_000)
+    padded = F.pad(waveform, (0, 24_000))
+    x = spectrogram(torch.stack([padded, padded]), torch.tensor([16_000, 40_000]), 256, mean=-4.0, std=3.0)
+    assert x.shape == (2, 1, 256, 128)
+    torch.testing.assert_close(x[0, 0, :98], (fbank(waveform[None])[0] + 4) / 6)
+    assert (x[0, 0, 98:] == 4 / 6).all()  # one second has 98 whole windows
+    assert (x[1, 0, 98:248] != 4 / 6).all()  # digital silence is sound; padding is not
+
+
+def tone(path, rate, seconds=2.0, hertz=440.0, **how):
+    t = np.arange(int(rate * seconds)) / rate
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * hertz * t), rate, **how)
+    return path
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 22_050, 44_100, 44_101, 47_999, 48_000, 96_000, 192_000])
+def test_any_rate_becomes_16_kHz(rate, tmp_path):
+    waveform = load_audio(tone(tmp_path / "a.wav", rate))
+    assert waveform.dtype == torch.float32 and abs(len(waveform) - 32_000) <= 32_000 * 5e-4 + 1
+    want = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(len(waveform)).double() / 16_000).float()
+    middle = slice(1000, 5000)  # away from the edges, and before a rounded ratio has drifted far
+    torch.testing.assert_close(waveform[middle], want[middle], atol=0.02, rtol=0)
+
+
+def test_channels_are_averaged_and_formats_agree(tmp_path):
+    left, right = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 16_000))
+    for name, subtype in (("a.wav", "PCM_16"), ("b.flac", "PCM_24"), ("c.aiff", "PCM_16"), ("d.wav", "DOUBLE")):
+        soundfile.write(tmp_path / name, np.stack([left, right], 1), 16_000, subtype)
+        torch.testing.assert_close(load_audio(tmp_path / name), torch.from_numpy((left + right) / 2).float(),
+                                   atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["text.wav", "empty.wav", "none.wav", "nan.wav", "slow.wav", "nowhere.wav", "folder.wav"])
+def test_what_is_no_sound_raises_the_one_error(name, tmp_path):
+    (tmp_path / "text.wav").write_text("no sound")
+    (tmp_path / "empty.wav").touch()
+    soundfile.write(tmp_path / "none.wav", np.zeros(0), 16_000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0.1, np.nan] * 500), 16_000, "FLOAT")
+    tone(tmp_path / "slow.wav", 7, seconds=100, hertz=1)
+    (tmp_path / "folder.wav").mkdir()
+    with pytest.raises(AudioError, match=name):
+        load_audio(tmp_path / name)
+
+
+def test_a_long_file_becomes_clips_that_hold_all_of_it(tmp_path):
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 100_000)
+    soundfile.write(tmp_path / "long.wav", samples, 16_000, "FLOAT")
+    clips = open_clips(str(tmp_path), 128)
+    assert len(clips) == math.ceil(100_000 / clips.samples)
+    whole = torch.from_numpy(samples).float()
+    seen = torch.zeros(100_000, dtype=torch.bool)
+    for k in range(len(clips)):
+        start = round(clips.start[k] * 16_000)
+        torch.testing.assert_close(clips.read(k), whole[start : start + clips.samples])
+        seen[start : start + clips.samples] = True
+    assert seen.all()
+
+
+def test_a_path_is_a_folder_a_file_or_a_list(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    a, b = tone(tmp_path / "a.WAV", 16_000), tone(tmp_path / "deep" / "er" / "b.flac", 16_000)
+    (tmp_path / "notes.md").write_text("not sound")
+    (tmp_path / "list.txt").write_text("a.WAV\n\ndeep/er/b.flac\nmissing.wav\n")
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\na.WAV\t32000\ndeep/er/b.flac\t32000\n")
+    both = [str(a), str(b)]
+    assert data.find_audio(str(tmp_path)) == both
+    assert data.find_audio(str(tmp_path / "train.tsv")) == both
+    assert data.find_audio(str(a)) == [str(a)]
+    clips = open_clips(str(tmp_path / "list.txt"), 256)
+    assert clips.paths == both and list(clips.skipped) == [str(tmp_path / "missing.wav")]
+
+
+def test_unusable_clips_give_way_to_the_next_and_are_named(tmp_path):
+    for k in range(4):
+        tone(tmp_path / f"{k}.wav", 16_000, seconds=1, hertz=100 * (k + 1))
+    soundfile.write(tmp_path / "1.wav", np.zeros(16_000), 16_000)
+    clips = open_clips(str(tmp_path), 128)
+    (tmp_path / "2.wav").unlink()  # after the headers were read
+    waveforms, lengths, skipped = clips.__getitems__([0, 1])
+    torch.testing.assert_close(waveforms[1, :16_000], clips.usable(3))
+    assert lengths.tolist() == [16_000] * 2
+    assert {Path(path).name for path in skipped} == {"1.wav", "2.wav"} and skipped[str(tmp_path / "1.wav")] == "silent"
+    for k in (0, 3):
+        (tmp_path / f"{k}.wav").unlink()
+    waveforms, _, skipped = clips.__getitems__([0])
+    assert len(waveforms) == 0 and len(skipped) == 4
+
+
+def test_measured_statistics_leave_the_padding_out(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 20_000), 16_000, "FLOAT")
+    x = fbank((load_audio(tmp_path / "a.wav") - load_audio(tmp_path / "a.wav").mean())[None])
+    mean, std = data.measure_stats(open_clips(str(tmp_path), 1024))
+    assert mean == pytest.approx(x.mean().item(), abs=1e-3) and std == pytest.approx(x.std().item(), abs=1e-3)
+
+
+def test_the_demo_is_made_from_its_seed():
+    demo, same, other, held_out = (data.Demo(128, *arguments) for arguments in ((0,), (0,), (1,), (0, 4000, True)))
+    assert torch.equal(demo.read(5), same.read(5))
+    assert not any(torch.equal(demo.read(5), x.read(5)) for x in (other, held_out))
+    assert len(demo.classes) >= 10 and demo.read(5).isfinite().all()
+
+
+def test_the_demo_classes_do_not_differ_in_mean_spectrum():
+    """Nearest neighbours on each mel band's mean over time stay near chance, so features must see movement."""
+    demo = data.Demo(256, seed=0, size=360, held_out=True)
+    waveforms, _, _ = demo.__getitems__(range(360))
+    means, labels = fbank(waveforms).mean(1), torch.as_tensor(demo.labels)
+    assert eat.knn_accuracy(means[:240], labels[:240], means[240:], labels[240:]) < 0.25
+
+
+def test_show_draws_a_picture(tmp_path, capsys):
+    assert data.main(["show", str(tone(tmp_path / "a.wav", 16_000)), "--out", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert data.main(["show", str(tmp_path / "nowhere.wav")]) == 2
+    assert "no such file" in capsys.readouterr().err
