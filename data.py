@@ -33,7 +33,14 @@ STATS = {"audioset": (-4.268, 4.569), "esc50": (-6.627, 5.359), "spc2": (-6.846,
 
 
 class AudioError(ValueError):
-    """A file that cannot be used as sound: `path: reason`."""
+    """A path that cannot be used as sound, and the reason."""
+
+    def __init__(self, path, reason):
+        super().__init__(path, reason)
+        self.path, self.reason = str(path), reason
+
+    def __str__(self):
+        return f"{self.path}: {self.reason}"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -51,6 +58,8 @@ def _read(path, start=0.0, seconds=math.inf):
     try:
         with soundfile.SoundFile(path) as file:
             rate = file.samplerate
+            if rate < 1000:
+                raise AudioError(path, f"sample rate {rate} Hz, expected at least 1000 Hz")
             first, count = round(start * rate), file.frames
             if seconds < math.inf:
                 count = math.ceil(seconds * rate)
@@ -60,27 +69,31 @@ def _read(path, start=0.0, seconds=math.inf):
             while count > 0 and len(block := file.read(min(count, 1 << 20), dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
                 count -= len(block)
+    except AudioError:
+        raise
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's own errors are RuntimeErrors
-        raise AudioError(f"{path}: cannot be read as sound ({error})") from None
+        raise AudioError(path, f"cannot be read as sound ({_short(error)})") from None
     if not blocks:
-        raise AudioError(f"{path}: holds no samples")
+        raise AudioError(path, "holds no samples")
     waveform = torch.from_numpy(np.concatenate(blocks))
     if not waveform.isfinite().all():
-        raise AudioError(f"{path}: holds samples that are not finite numbers")
-    return waveform if rate == SAMPLE_RATE else _resampler(rate, str(path))(waveform)
+        raise AudioError(path, "holds samples that are not finite numbers")
+    return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
+
+
+def _short(error):
+    """soundfile's "Error opening 'path': reason" without the path."""
+    return str(error).rsplit(": ", 1)[-1].rstrip(".")
 
 
 @functools.lru_cache(maxsize=32)
-def _resampler(rate, path):
+def _resampler(rate):
     """To 16 kHz. The filter grows with the terms of the ratio of the rates, and from 44,101 Hz (real files have
     it) would take 80 s to build; so the ratio is rounded to terms of at most 1,000. That shifts the pitch by
     less than a cent (5e-4), by 2e-5 for 44,101 Hz, and by nothing for the usual rates."""
-    low, high = sorted((rate, SAMPLE_RATE))
-    ratio = Fraction(low, high).limit_denominator(1000)
-    if rate < 1000 or not ratio:
-        raise AudioError(f"{path}: sample rate {rate} Hz, expected at least 1000 Hz")
-    terms = (ratio.denominator, ratio.numerator) if rate > SAMPLE_RATE else (ratio.numerator, ratio.denominator)
-    return torchaudio.transforms.Resample(*terms)
+    ratio = Fraction(*sorted((rate, SAMPLE_RATE))).limit_denominator(1000)
+    terms = (ratio.numerator, ratio.denominator)
+    return torchaudio.transforms.Resample(*(terms if rate < SAMPLE_RATE else reversed(terms)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -136,7 +149,7 @@ def measure_stats(clips, most=1000):
         x = x[sound]
         count, total, squares = count + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
     if not count:
-        raise AudioError(f"{clips.name(0)}: neither it nor any other clip can be used")
+        raise AudioError(clips.name(0), "neither it nor any other clip can be used")
     mean = total / count
     return round(mean, 4), round(math.sqrt(squares / count - mean**2), 4)
 
@@ -165,8 +178,7 @@ class Clips(Dataset):
                     waveform = self.usable(candidate % len(self))
                     break
                 except AudioError as error:
-                    path, reason = str(error).rsplit(": ", 1)
-                    skipped[path] = reason
+                    skipped[error.path] = error.reason
             else:
                 return waveforms[:0], lengths[:0], skipped
             waveforms[row, : len(waveform)], lengths[row] = waveform, len(waveform)
@@ -177,9 +189,9 @@ class Clips(Dataset):
         waveform = self.read(number)[: self.samples]
         waveform = waveform - waveform.mean()
         if len(waveform) < WINDOW:
-            raise AudioError(f"{self.name(number)}: shorter than a window of 25 ms")
+            raise AudioError(self.name(number), "shorter than a window of 25 ms")
         if waveform.abs().max() < 1e-5:
-            raise AudioError(f"{self.name(number)}: silent")
+            raise AudioError(self.name(number), "silent")
         return waveform
 
 
@@ -208,7 +220,7 @@ class AudioFiles(Clips):
         try:
             info = soundfile.info(path)
         except Exception as error:  # whatever is wrong with the file, it is this file's problem alone
-            return f"cannot be read as sound ({error})"
+            return f"cannot be read as sound ({_short(error)})"
         return info.frames / info.samplerate if info.frames > 0 else "holds no samples"
 
     def __len__(self):
@@ -233,7 +245,7 @@ def find_audio(path):
         with open(path, encoding="utf-8") as file:
             lines = [line.split("\t")[0] for line in file.read().splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise AudioError(f"{path}: neither a folder, a sound file nor a text file with a path a line") from None
+        raise AudioError(path, "neither a folder, a sound file nor a text file with a path a line") from None
     root = os.path.dirname(path)
     if lines and os.path.isdir(os.path.join(root, lines[0])):
         root = os.path.join(root, lines.pop(0))
@@ -245,13 +257,13 @@ def open_clips(path, frames, seed=0):
     if path == "demo":
         return Demo(frames, seed)
     if not os.path.exists(path):
-        raise AudioError(f"{path}: no such file or folder; expected a folder, a sound file, a list of files or 'demo'")
+        raise AudioError(path, "no such file or folder; expected a folder, a sound file, a list of files or 'demo'")
     paths = find_audio(path)
     if not paths:
-        raise AudioError(f"{path}: no sound in it; looked for files ending in {' '.join(AUDIO_ENDINGS)}")
+        raise AudioError(path, f"no sound in it; looked for files ending in {' '.join(AUDIO_ENDINGS)}")
     clips = AudioFiles(paths, frames)
     if not len(clips):
-        raise AudioError(f"{path}: none of the {len(paths)} files can be used; {describe_skipped(clips.skipped)}")
+        raise AudioError(path, f"none of the {len(paths)} files can be used; {describe_skipped(clips.skipped)}")
     return clips
 
 

@@ -647,7 +647,7 @@ def train(config, recipe, clips, machine, resumed=None):
             waveforms, lengths, skipped = next(batches)
             log.skipped |= skipped
             if not len(waveforms):
-                raise AudioError(f"{recipe.data}: no clip can be used; {describe_skipped(log.skipped)}")
+                raise AudioError(recipe.data, f"no clip can be used; {describe_skipped(log.skipped)}")
             waveforms, lengths = waveforms.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
             x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)  # (B, 1, T, 128)
             mask, noise = draw_views(config, recipe, step, shares.rows(part), device)
