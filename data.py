@@ -9,6 +9,8 @@ the model eats.
 
 import argparse
 import concurrent.futures
+import csv
+import dataclasses
 import functools
 import math
 import os
@@ -143,7 +145,7 @@ def measure_stats(clips, most=1000):
     count = total = squares = 0
     chosen = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
     for numbers in np.array_split(chosen, math.ceil(len(chosen) / 32)):
-        waveforms, lengths, _ = clips.__getitems__(numbers.tolist())
+        waveforms, lengths, _, _ = clips.__getitems__(numbers.tolist())
         x = fbank(waveforms).double()
         sound = torch.arange(x.shape[1]) < ((lengths - WINDOW) // SHIFT + 1)[:, None]
         x = x[sound]
@@ -164,25 +166,26 @@ class Clips(Dataset):
 
     def __init__(self, frames):
         self.samples = clip_samples(frames)
+        self.replace = True
         self.skipped = {}  # what was left out so far: path -> reason
 
     def __getitems__(self, numbers):
-        """What the DataLoader calls for a batch -> waveforms (B, samples) zero-padded at the end, lengths (B,), and
-        what could not be used, path -> reason. The next usable clip takes the place of one that is not; where
-        none is left, the batch is empty."""
-        waveforms, lengths = torch.zeros(len(numbers), self.samples), torch.zeros(len(numbers), dtype=torch.long)
-        skipped = {}
-        for row, number in enumerate(numbers):
-            for candidate in range(number, number + len(self)):
+        """What the DataLoader calls for a batch -> waveforms (B, samples) zero-padded at the end, lengths (B,), the
+        numbers (B,) of the clips, and what could not be used, path -> reason. The next usable clip takes the
+        place of one that is not; without `replace`, or where none is left, the batch is the smaller."""
+        rows, skipped = [], {}
+        for number in numbers:
+            for candidate in range(number, number + (len(self) if self.replace else 1)):
                 try:
-                    waveform = self.usable(candidate % len(self))
+                    rows.append((self.usable(candidate % len(self)), candidate % len(self)))
                     break
                 except AudioError as error:
                     skipped[error.path] = error.reason
-            else:
-                return waveforms[:0], lengths[:0], skipped
-            waveforms[row, : len(waveform)], lengths[row] = waveform, len(waveform)
-        return waveforms, lengths, skipped
+        waveforms = torch.zeros(len(rows), self.samples)
+        for row, (waveform, _) in zip(waveforms, rows):
+            row[: len(waveform)] = waveform
+        lengths = torch.tensor([len(waveform) for waveform, _ in rows])
+        return waveforms, lengths, torch.tensor([number for _, number in rows]), skipped
 
     def usable(self, number):
         """Clip `number`, its mean taken off. Raises AudioError where there is nothing in it to learn from."""
@@ -190,16 +193,20 @@ class Clips(Dataset):
         waveform = waveform - waveform.mean()
         if len(waveform) < WINDOW:
             raise AudioError(self.name(number), "shorter than a window of 25 ms")
-        if waveform.abs().max() < 1e-5:
+        if self.replace and waveform.abs().max() < 1e-5:
             raise AudioError(self.name(number), "silent")
         return waveform
 
 
 class AudioFiles(Clips):
-    """All the sound in some files. A file longer than a clip becomes several, the last one ending with the file."""
+    """All the sound in some files: a file longer than a clip becomes several, the last one ending with the file.
+    Without `whole`, one clip a file, its beginning."""
 
-    def __init__(self, paths, frames):
+    def __init__(self, paths, frames, whole=True):
         super().__init__(frames)
+        if not whole:
+            self.paths, self.file, self.start = paths, np.arange(len(paths)), np.zeros(len(paths))
+            return
         seconds = self.samples / SAMPLE_RATE
         file, start, self.paths = [], [], []
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -267,39 +274,30 @@ def open_clips(path, frames, seed=0):
     return clips
 
 
-def describe_skipped(skipped, most=3):
-    """`path: reason` of the first few."""
-    lines = [f"{path}: {reason}" for path, reason in list(skipped.items())[:most]]
-    return "; ".join(lines + [f"and {len(skipped) - most} more"] * (len(skipped) > most))
+def describe_skipped(skipped):
+    return describe_few([f"{path} ({reason})" for path, reason in skipped.items()])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Demo: sound events made on the fly
 # ---------------------------------------------------------------------------------------------------------
 
-# Where the pitch is, from 0 (low) to 1 (high), at time u from 0 to 1. All of them spend the same time at every
+# Where the pitch is, from 0 (low) to 1 (high), over one cycle u = 0..1. All shapes spend the same time at every
 # height, so only the movement tells the classes apart: the mean spectrum does not.
-MOVEMENTS = {
-    "rise": lambda u: u,
-    "fall": lambda u: 1 - u,
-    "arch": lambda u: 1 - abs(2 * u - 1),
-    "dip": lambda u: abs(2 * u - 1),
-    "sawtooth up": lambda u: 3 * u % 1,
-    "sawtooth down": lambda u: 1 - 3 * u % 1,
-    "zigzag": lambda u: abs((6 * u) % 2 - 1),
-    "stairs up": lambda u: np.floor(5 * u) / 4,
-    "stairs down": lambda u: 1 - np.floor(5 * u) / 4,
-    "leaps": lambda u: np.array([0, 3, 1, 4, 2])[np.floor(5 * u).astype(int)] / 4,
-    "pulsed rise": lambda u: u,
-    "pulsed fall": lambda u: 1 - u,
+SHAPES = {
+    "rising": lambda u: u,
+    "falling": lambda u: 1 - u,
+    "zigzag": lambda u: abs(2 * u - 1),
+    "leaping": lambda u: np.array([0, 3, 1, 4, 2])[(5 * u).astype(int)] / 4,
 }
+SPEEDS = {"slow": 1.2, "medium": 3.5, "fast": 10.0}  # cycles a second
 
 
 class Demo(Clips):
-    """Labelled sound events made from a seed: pitch, span, timbre, level, position and background vary, and a
-    clip's class is its movement. The labels are for evaluation only."""
+    """Labelled sound events made from a seed: pitch, span, timbre, level, position and background vary; a clip's
+    class is how its pitch moves. The labels are for evaluation only."""
 
-    classes = list(MOVEMENTS)
+    classes = [f"{speed} {shape}" for speed in SPEEDS for shape in SHAPES]
 
     def __init__(self, frames, seed=0, size=4000, held_out=False):
         super().__init__(frames)
@@ -314,24 +312,187 @@ class Demo(Clips):
 
     def read(self, number):
         rng = np.random.default_rng((*self.stream, number))
-        movement = self.classes[self.labels[number]]
-        length = int(self.samples * rng.uniform(0.6, 0.85))
-        u = np.arange(length) / length
-        octaves = rng.uniform(0.8, 1.6)
-        pitch = 200 * 2 ** (rng.uniform(0, 1.5) + octaves * MOVEMENTS[movement](u))  # Hz
+        speed, shape = self.classes[self.labels[number]].split()
+        length = int(self.samples * rng.uniform(0.8, 0.95))
+        t = np.arange(length) / SAMPLE_RATE  # seconds
+        cycles = t * SPEEDS[speed] * rng.uniform(0.85, 1.15) + rng.uniform()
+        height = SHAPES[shape](cycles % 1)
+        pitch = 250 * 2 ** (rng.uniform(0, 0.7) + rng.uniform(2.2, 2.8) * height)  # Hz
         phase = 2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE
-        strength = rng.uniform(0.2, 0.8) ** np.arange(1, 6)
-        event = sum(a * np.sin(k * phase) for k, a in enumerate(strength, 1))
-        event = event * np.minimum(1, np.minimum(u, 1 - u) * 25)  # soft ends
-        if movement.startswith("pulsed"):
-            event = event * (8 * u % 1 < 0.5)
+        event = sum(a * np.sin(k * phase) for k, a in enumerate(rng.uniform(0.3, 0.7) ** np.arange(4), 1))
+        event *= np.minimum(1, np.minimum(t, t[::-1]) / 0.05)  # soft ends
         spectrum = np.fft.rfft(rng.standard_normal(self.samples))  # background: noise of a random colour
-        spectrum /= np.maximum(np.arange(len(spectrum)), 20) ** rng.uniform(0, 1)
+        spectrum /= np.maximum(np.arange(len(spectrum)), 20) ** rng.uniform(0.2, 0.5)
         sound = np.fft.irfft(spectrum, self.samples)
-        sound *= 10 ** rng.uniform(-1.5, -0.75) * np.std(event) / np.std(sound)  # 15 to 30 dB under the event
+        sound *= 10 ** rng.uniform(-1.6, -1.2) * np.std(event) / np.std(sound)  # 24 to 32 dB under the event
         start = rng.integers(self.samples - length)
         sound[start : start + length] += event
-        return torch.from_numpy(sound * 10 ** rng.uniform(-1.5, -0.5) / np.abs(sound).max()).float()
+        return torch.from_numpy(sound * 10 ** rng.uniform(-1.0, -0.5) / np.abs(sound).max()).float()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Labelled data sets, as they lie on people's disks
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Labelled:
+    """Clips with labels, one clip a file. `folds` has the clip numbers to train and to test on, by fold."""
+
+    kind: str  # "ESC-50", "Speech Commands", "AudioSet manifests", "folder of classes", "demo"
+    clips: Clips
+    labels: list  # of every clip: a tuple of class numbers
+    classes: list  # names
+    folds: dict  # name -> (train, test), tensors of clip numbers
+    notes: list = dataclasses.field(default_factory=list)  # what does not fit, a line each
+    weights: torch.Tensor = None  # of every clip, for weighted sampling
+
+    def __post_init__(self):
+        self.multi_label = any(len(labels) != 1 for labels in self.labels)
+
+    def targets(self, numbers):
+        """-> (clips, classes), 1 where a clip has a class."""
+        targets = torch.zeros(len(numbers), len(self.classes))
+        for row, number in enumerate(numbers):
+            targets[row, list(self.labels[number])] = 1
+        return targets
+
+    def __str__(self):
+        sizes = ", ".join(f"{name}: {len(train)} to train, {len(test)} to test" for name, (train, test) in self.folds.items())
+        return f"{self.kind}: {len(self.clips)} clips, {len(self.classes)} classes; {sizes}"
+
+
+def open_labelled(path, frames, esc10=False, seed=0):
+    """A labelled data set, recognised by what lies in its folder -> Labelled. Raises AudioError."""
+    if path == "demo":
+        clips = Demo(frames, seed, size=1200, held_out=True)
+        tested = stratified_fifth(clips.labels, seed)
+        folds = {"held-out fifth": (torch.from_numpy(np.flatnonzero(~tested)), torch.from_numpy(np.flatnonzero(tested)))}
+        return Labelled("demo", clips, [(label,) for label in clips.labels.tolist()], clips.classes, folds)
+    if not os.path.isdir(path):
+        raise AudioError(path, "no such folder; expected a labelled data set, or 'demo'")
+    for opener, signs in (
+        (_esc, ["meta/esc50.csv", "audio"]),
+        (_speech_commands, ["validation_list.txt", "testing_list.txt"]),
+        (_manifests, ["train.tsv", "train.lbl", "eval.tsv", "eval.lbl", "label_descriptors.csv"]),
+        (_class_folders, []),
+    ):
+        if all(os.path.exists(os.path.join(path, sign)) for sign in signs):
+            break
+    kind, rows, classes, folds, *weights = opener(path, esc10) if opener is _esc else opener(path, seed)
+
+    missing = {name for name, _, _ in rows if not os.path.isfile(name)}
+    notes = [f"{len(missing)} labels have no clip and are left out: {describe_few(sorted(missing))}"] if missing else []
+    stray = set(find_audio(path)) - {name for name, _, _ in rows} if kind.startswith("ESC-50") else ()
+    if stray:
+        notes.append(f"{len(stray)} clips have no label and are left out: {describe_few(sorted(stray))}")
+    keep = [k for k, (name, _, _) in enumerate(rows) if name not in missing]
+    places = np.array([rows[k][2] for k in keep])
+    numbers = {}
+    for fold, (train, test) in folds.items():
+        numbers[fold] = tuple(torch.from_numpy(np.flatnonzero(np.isin(places, list(place)))) for place in (train, test))
+        if not all(map(len, numbers[fold])):
+            raise AudioError(path, f"{kind}: no clips to {'test' if len(numbers[fold][0]) else 'train'} on ({fold})")
+    return Labelled(kind, AudioFiles([rows[k][0] for k in keep], frames, whole=False), [rows[k][1] for k in keep],
+                    classes, numbers, notes, weights[0][keep] if weights else None)
+
+
+# Each opener -> kind, rows of (path, class numbers, place), class names, {fold: (places to train on, to test on)}.
+
+
+def _esc(path, esc10):
+    """ESC-50's folder; `meta/esc50.csv` says which clips there are, and which of them are ESC-10."""
+    with open(os.path.join(path, "meta", "esc50.csv"), newline="") as file:
+        table = list(csv.DictReader(file))
+    only_esc10 = all(row["esc10"] == "True" for row in table)
+    table = [row for row in table if not esc10 or row["esc10"] == "True"]
+    names = dict(sorted((int(row["target"]), row["category"]) for row in table))
+    number = {target: k for k, target in enumerate(names)}
+    rows = [(os.path.join(path, "audio", row["filename"]), (number[int(row["target"])],), int(row["fold"])) for row in table]
+    there = sorted({place for _, _, place in rows})
+    folds = {f"fold {k}": ([other for other in there if other != k], [k]) for k in there}
+    return "ESC-10" if esc10 or only_esc10 else "ESC-50", rows, list(names.values()), folds
+
+
+def _speech_commands(path, _):
+    """Speech Commands: a folder a word, and the two lists; what is on neither is for training."""
+    place = {}
+    for name in ("validation", "testing"):
+        with open(os.path.join(path, f"{name}_list.txt")) as file:
+            place |= {os.path.normpath(line.strip()): name for line in file if line.strip()}
+    rows, classes = _folders_of_classes(path)  # _background_noise_ is no class
+    rows = [(name, label, place.get(os.path.relpath(name, path), "training")) for name, label in rows]
+    there = {name for name, _, _ in rows}
+    rows += [(os.path.join(path, name), (0,), where) for name, where in place.items() if os.path.join(path, name) not in there]
+    return "Speech Commands", rows, classes, {"test list": (["training"], ["testing"])}
+
+
+def _manifests(path, _):
+    """The release's manifests: {train,eval}.tsv and .lbl, label_descriptors.csv and, where there is one, the sampling
+    weight of each training clip."""
+    with open(os.path.join(path, "label_descriptors.csv"), newline="") as file:
+        classes = [row[1] for row in sorted((row for row in csv.reader(file) if row), key=lambda row: int(row[0]))]
+    number, rows = {name: k for k, name in enumerate(classes)}, []
+    for place in ("train", "eval"):
+        with open(os.path.join(path, f"{place}.lbl")) as file:
+            labels = [line.rstrip("\n").split("\t")[1].split(",") for line in file if line.strip()]
+        names = find_audio(os.path.join(path, f"{place}.tsv"))
+        if len(names) != len(labels):
+            raise AudioError(path, f"{place}.tsv lists {len(names)} clips, {place}.lbl labels {len(labels)}")
+        unknown = {label for clip in labels for label in clip} - number.keys()
+        if unknown:
+            raise AudioError(path, f"{place}.lbl has labels that label_descriptors.csv lacks: {describe_few(sorted(unknown))}")
+        rows += [(name, tuple(number[label] for label in clip), place) for name, clip in zip(names, labels)]
+    found = sorted(name for name in os.listdir(path) if name.startswith("weight") and name.endswith(".csv"))
+    weights = torch.zeros(len(rows))
+    trained = sum(place == "train" for _, _, place in rows)
+    weights[:trained] = 1.0
+    if found:
+        given = np.loadtxt(os.path.join(path, found[0]))
+        if len(given) != trained:
+            raise AudioError(path, f"{found[0]} holds {len(given)} weights for {trained} training clips")
+        weights[:trained] = torch.from_numpy(given)
+    return "AudioSet manifests", rows, classes, {"eval": (["train"], ["eval"])}, weights
+
+
+def _class_folders(path, seed):
+    """A folder a class, perhaps within train/ and test/ (or val/); else a stratified fifth is kept to test on."""
+    parts = [part for part in ("train", "val", "test") if os.path.isdir(os.path.join(path, part))]
+    if "train" in parts and len(parts) > 1:
+        found = {part: _folders_of_classes(os.path.join(path, part)) for part in parts}
+        classes = sorted({name for _, names in found.values() for name in names})
+        rows = [(name, (classes.index(names[label]),), part)
+                for part, (clips, names) in found.items() for name, (label,) in clips]
+        return "folder of classes", rows, classes, {parts[-1]: (["train"], [parts[-1]])}
+    rows, classes = _folders_of_classes(path)
+    if len(classes) < 2:
+        raise AudioError(path, "no labelled data set: expected ESC-50, Speech Commands, the release's manifests, or a "
+                               "folder for each of several classes")
+    tested = stratified_fifth([label for _, (label,) in rows], seed)
+    rows = [(name, label, "test" if test else "train") for (name, label), test in zip(rows, tested)]
+    return "folder of classes", rows, classes, {f"fifth of each class, seed {seed}": (["train"], ["test"])}
+
+
+def _folders_of_classes(path):
+    """-> (clip, (class number,)) of every clip, and the classes' names."""
+    found = {name: find_audio(os.path.join(path, name)) for name in sorted(os.listdir(path))
+             if os.path.isdir(os.path.join(path, name)) and not name.startswith(("_", "."))}
+    classes = [name for name, clips in found.items() if clips]
+    return [(clip, (k,)) for k, name in enumerate(classes) for clip in found[name]], classes
+
+
+def stratified_fifth(labels, seed):
+    """A seeded choice of a fifth of each class, at least one clip -> bool array."""
+    rng, labels = np.random.default_rng(seed), np.asarray(labels)
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen[members[: max(1, round(len(members) / 5))]] = True
+    return chosen
+
+
+def describe_few(names, most=3):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------

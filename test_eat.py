@@ -340,13 +340,13 @@ def test_weight_decay_spares_biases_and_norms():
 
 def test_an_epoch_is_every_clip_once_and_processes_share_it():
     recipe = Recipe(steps=5, batch_size=8, accumulate=2, seed=3)
-    alone = [sum(parts, []) for parts in pairs(eat.Shares(20, recipe, 0, rank=0, world=1))]
+    alone = [sum(parts, []) for parts in pairs(eat.Shares(eat.shuffled(20, 3), recipe, 0, rank=0, world=1))]
     assert sorted(sum(alone, [])[:20]) == sorted(sum(alone, [])[20:40]) == list(range(20))
     assert sum(alone, [])[:20] != sum(alone, [])[20:40]
-    both = [pairs(eat.Shares(20, recipe, 0, rank, world=2)) for rank in (0, 1)]
+    both = [pairs(eat.Shares(eat.shuffled(20, 3), recipe, 0, rank, world=2)) for rank in (0, 1)]
     together = [a[0] + b[0] + a[1] + b[1] for a, b in zip(*both)]
     assert together == alone
-    assert pairs(eat.Shares(20, recipe, 3, rank=0, world=1)) == pairs(eat.Shares(20, recipe, 0, 0, 1))[3:]
+    assert pairs(eat.Shares(eat.shuffled(20, 3), recipe, 3, rank=0, world=1)) == pairs(eat.Shares(eat.shuffled(20, 3), recipe, 0, 0, 1))[3:]
 
 
 def pairs(parts):
@@ -528,10 +528,11 @@ def test_help_names_every_field(capsys):
 
 def test_nearest_neighbours_by_hand():
     bank = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
-    labels = torch.tensor([0, 0, 1, 1])
-    queries = torch.tensor([[2.0, 0.0], [-3.0, 0.01]])
-    assert eat.knn_accuracy(bank, labels, queries, torch.tensor([0, 1]), k=2) == 1.0
-    assert eat.knn_accuracy(bank, labels, queries, torch.tensor([1, 1]), k=2) == 0.5
+    targets = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    scores = eat.nearest_neighbours(bank, targets, torch.tensor([[2.0, 0.0], [-3.0, 0.01]]), k=2)
+    assert scores.argmax(1).tolist() == [0, 1]
+    scores = eat.nearest_neighbours(bank, targets, torch.tensor([[1.0, 0.1]]), k=4)
+    assert scores[0].sum().item() == pytest.approx(0, abs=1e-5)  # the four neighbours lie opposite in pairs
 
 
 @real_sound
@@ -638,13 +639,13 @@ def test_unusable_clips_give_way_to_the_next_and_are_named(tmp_path):
     soundfile.write(tmp_path / "1.wav", np.zeros(16_000), 16_000)
     clips = open_clips(str(tmp_path), 128)
     (tmp_path / "2.wav").unlink()  # after the headers were read
-    waveforms, lengths, skipped = clips.__getitems__([0, 1])
+    waveforms, lengths, _, skipped = clips.__getitems__([0, 1])
     torch.testing.assert_close(waveforms[1, :16_000], clips.usable(3))
     assert lengths.tolist() == [16_000] * 2
     assert {Path(path).name for path in skipped} == {"1.wav", "2.wav"} and skipped[str(tmp_path / "1.wav")] == "silent"
     for k in (0, 3):
         (tmp_path / f"{k}.wav").unlink()
-    waveforms, _, skipped = clips.__getitems__([0])
+    waveforms, *_, skipped = clips.__getitems__([0])
     assert len(waveforms) == 0 and len(skipped) == 4
 
 
@@ -665,9 +666,10 @@ def test_the_demo_is_made_from_its_seed():
 def test_the_demo_classes_do_not_differ_in_mean_spectrum():
     """Nearest neighbours on each mel band's mean over time stay near chance, so features must see movement."""
     demo = data.Demo(256, seed=0, size=360, held_out=True)
-    waveforms, _, _ = demo.__getitems__(range(360))
+    waveforms, *_ = demo.__getitems__(range(360))
     means, labels = fbank(waveforms).mean(1), torch.as_tensor(demo.labels)
-    assert eat.knn_accuracy(means[:240], labels[:240], means[240:], labels[240:]) < 0.25
+    scores = eat.nearest_neighbours(means[:240], F.one_hot(labels[:240]).float(), means[240:])
+    assert (scores.argmax(1) == labels[240:]).float().mean() < 0.25
 
 
 def test_show_draws_a_picture(tmp_path, capsys):
