@@ -288,7 +288,7 @@ SHAPES = {
     "rising": lambda u: u,
     "falling": lambda u: 1 - u,
     "zigzag": lambda u: abs(2 * u - 1),
-    "leaping": lambda u: np.array([0, 3, 1, 4, 2])[(5 * u).astype(int)] / 4,
+    "leaping": lambda u: (np.array([0, 3, 1, 4, 2])[(5 * u).astype(int)] + 5 * u % 1) / 5,
 }
 SPEEDS = {"slow": 1.2, "medium": 3.5, "fast": 10.0}  # cycles a second
 
@@ -358,7 +358,7 @@ class Labelled:
         return targets
 
     def __str__(self):
-        sizes = ", ".join(f"{name}: {len(train)} to train, {len(test)} to test" for name, (train, test) in self.folds.items())
+        sizes = "; ".join(f"{name}: {len(train)} to train, {len(test)} to test" for name, (train, test) in self.folds.items())
         return f"{self.kind}: {len(self.clips)} clips, {len(self.classes)} classes; {sizes}"
 
 
@@ -410,7 +410,7 @@ def _esc(path, esc10):
     number = {target: k for k, target in enumerate(names)}
     rows = [(os.path.join(path, "audio", row["filename"]), (number[int(row["target"])],), int(row["fold"])) for row in table]
     there = sorted({place for _, _, place in rows})
-    folds = {f"fold {k}": ([other for other in there if other != k], [k]) for k in there}
+    folds = {f"fold {k}": ([other for other in there if other != k], [k]) for k in there if len(there) > 1}
     return "ESC-10" if esc10 or only_esc10 else "ESC-50", rows, list(names.values()), folds
 
 

@@ -122,7 +122,7 @@ PRESETS = {
     "base": dict(),
     "large": dict(dim=1024, depth=24, heads=16),
 }
-PRESETS["demo"] = {**PRESETS["tiny"], "steps": 400}
+PRESETS["demo"] = {**PRESETS["tiny"], "dim": 128, "depth": 4, "heads": 2, "steps": 600, "lr": 3e-3, "ema_decay": 0.998}
 
 # ---------------------------------------------------------------------------------------------------------
 # Patch embedding ("CNN encoder") and positions

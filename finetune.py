@@ -12,6 +12,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 import os
 import sys
 
@@ -118,7 +119,7 @@ class FineTune:
         if update <= warmup:
             return self.lr * update / warmup
         progress = (update - warmup) / max(1.0, self.steps - warmup)
-        return self.min_lr + (self.lr - self.min_lr) * (1 + np.cos(np.pi * progress)) / 2
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 RECIPES = {
@@ -519,8 +520,8 @@ def embed(args):
         if args.frames:
             grid = grid.flatten(2) if args.join else grid.mean(2)
             columns["features"].append(torch.cat([window[:count] for window, count in zip(grid, steps)]))
-            columns["file"].append(torch.full((len(columns["features"][-1]),), len(paths)))
-            columns["seconds"].append(torch.arange(len(columns["file"][-1])) * PATCH * SHIFT / SAMPLE_RATE)
+            columns["path_index"].append(torch.full((len(columns["features"][-1]),), len(paths)))
+            columns["seconds"].append(torch.arange(len(columns["path_index"][-1])) * PATCH * SHIFT / SAMPLE_RATE)
         else:
             share = (lengths / lengths.sum())[:, None]
             columns["cls"].append((tokens[:, 0] * share).sum(0, keepdim=True))

@@ -22,8 +22,10 @@ import torchaudio
 
 import data
 import eat
+import finetune
 from data import AudioError, fbank, load_audio, open_clips, spectrogram
 from eat import EAT, EATConfig, Encoder, Recipe, inverse_block_mask
+from finetune import Classifier, FineTune, average_precision
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
@@ -664,10 +666,10 @@ def test_the_demo_is_made_from_its_seed():
 
 
 def test_the_demo_classes_do_not_differ_in_mean_spectrum():
-    """Nearest neighbours on each mel band's mean over time stay near chance, so features must see movement."""
+    """Nearest neighbours on each mel band's mean power stay near chance (8 %), so features must see movement."""
     demo = data.Demo(256, seed=0, size=360, held_out=True)
     waveforms, *_ = demo.__getitems__(range(360))
-    means, labels = fbank(waveforms).mean(1), torch.as_tensor(demo.labels)
+    means, labels = fbank(waveforms).exp().mean(1).log(), torch.as_tensor(demo.labels)
     scores = eat.nearest_neighbours(means[:240], F.one_hot(labels[:240]).float(), means[240:])
     assert (scores.argmax(1) == labels[240:]).float().mean() < 0.25
 
@@ -677,3 +679,334 @@ def test_show_draws_a_picture(tmp_path, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert data.main(["show", str(tmp_path / "nowhere.wav")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# data.py: labelled data sets
+# ---------------------------------------------------------------------------------------------------------
+
+
+def make_esc(folder, folds=(1, 2), esc10=("True", "False")):
+    """ESC-50's layout: two classes, of which the first is in ESC-10; two clips a class and fold, easy to tell apart."""
+    (folder / "meta").mkdir(parents=True)
+    (folder / "audio").mkdir()
+    rows = ["filename,fold,target,category,esc10,src_file,take"]
+    for fold in folds:
+        for k, (target, name) in enumerate(((41, "chainsaw"), (7, "rooster"))):
+            for take in "AB":
+                file = f"{fold}-{fold}{k}-{take}-{target}.wav"
+                tone(folder / "audio" / file, 16_000, seconds=0.7, hertz=(300, 2500)[k] + 20 * fold + 5 * (take == "A"))
+                rows.append(f"{file},{fold},{target},{name},{esc10[k]},0,{take}")
+    (folder / "meta" / "esc50.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_esc_folders_have_folds(tmp_path):
+    esc = data.open_labelled(str(make_esc(tmp_path / "esc")), 64)
+    assert (esc.kind, len(esc.clips), esc.classes, esc.multi_label) == ("ESC-50", 8, ["rooster", "chainsaw"], False)
+    assert list(esc.folds) == ["fold 1", "fold 2"]
+    for k, (train, test) in enumerate(esc.folds.values(), 1):
+        assert all(Path(esc.clips.name(n)).name.startswith(f"{k}-") for n in test.tolist())
+        assert sorted(train.tolist() + test.tolist()) == list(range(8))
+    for n in range(8):
+        assert esc.classes[esc.targets([n])[0].argmax()] == ("chainsaw" if "-41.wav" in esc.clips.name(n) else "rooster")
+    only = data.open_labelled(str(tmp_path / "esc"), 64, esc10=True)
+    assert (only.kind, len(only.clips), only.classes) == ("ESC-10", 4, ["chainsaw"])
+
+
+def test_labels_without_clips_and_clips_without_labels_are_named(tmp_path):
+    folder = make_esc(tmp_path / "esc")
+    os.remove(folder / "audio" / "1-10-A-41.wav")
+    tone(folder / "audio" / "stray.wav", 16_000)
+    esc = data.open_labelled(str(folder), 64)
+    assert len(esc.clips) == 7 and len(esc.notes) == 2
+    assert "1 labels have no clip" in esc.notes[0] and "1-10-A-41.wav" in esc.notes[0]
+    assert "1 clips have no label" in esc.notes[1] and "stray.wav" in esc.notes[1]
+
+
+def test_speech_commands_has_its_lists(tmp_path):
+    for word in ("bed", "cat", "_background_noise_"):
+        (tmp_path / word).mkdir()
+        for k in range(3):
+            tone(tmp_path / word / f"{k}.wav", 16_000, seconds=0.5)
+    (tmp_path / "validation_list.txt").write_text("bed/0.wav\ncat/0.wav\n")
+    (tmp_path / "testing_list.txt").write_text("bed/1.wav\ncat/1.wav\n")
+    speech = data.open_labelled(str(tmp_path), 64)
+    assert (speech.kind, speech.classes, len(speech.clips)) == ("Speech Commands", ["bed", "cat"], 6)
+    train, test = ([Path(speech.clips.name(n)).name for n in part.tolist()] for part in speech.folds["test list"])
+    assert train == ["2.wav"] * 2 and test == ["1.wav"] * 2
+
+
+def make_manifests(folder, weights=True):
+    """The release's manifests: three labels, several a clip."""
+    folder.mkdir()
+    for k in range(6):
+        tone(folder / f"{k}.wav", 16_000, seconds=0.7, hertz=300 * (k + 1))
+    (folder / "label_descriptors.csv").write_text("0,/m/a,A\n1,/m/b,B\n2,/m/c,C\n")
+    for part, clips in (("train", range(4)), ("eval", (4, 5))):
+        (folder / f"{part}.tsv").write_text("\n".join([str(folder), *(f"{k}.wav\t11200" for k in clips)]))
+        (folder / f"{part}.lbl").write_text("\n".join(f"{k}\t{'/m/b,/m/a' if k % 2 else '/m/a'}" for k in clips))
+    if weights:
+        (folder / "weight_train_all.csv").write_text("0\n0\n1\n3\n")
+    return folder
+
+
+def test_manifests_have_several_labels_a_clip(tmp_path):
+    audioset = data.open_labelled(str(make_manifests(tmp_path / "as")), 64)
+    assert audioset.multi_label and audioset.classes == ["/m/a", "/m/b", "/m/c"]
+    assert audioset.targets([2, 3]).tolist() == [[1, 0, 0], [1, 1, 0]]
+    train, test = audioset.folds["eval"]
+    assert (train.tolist(), test.tolist()) == ([0, 1, 2, 3], [4, 5])
+    drawn = finetune.training_order(train, audioset, FineTune(weighted=True), seed=0)(0)
+    assert len(drawn) == 200_000 and set(drawn.tolist()) == {2, 3}
+    assert (drawn == 3).float().mean().item() == pytest.approx(0.75, abs=0.01)
+
+
+def test_folders_of_classes_with_and_without_parts(tmp_path):
+    for part in ("train", "test"):
+        for name in ("one", "two"):
+            (tmp_path / "parts" / part / name).mkdir(parents=True)
+            tone(tmp_path / "parts" / part / name / "a.wav", 16_000)
+    parts = data.open_labelled(str(tmp_path / "parts"), 64)
+    assert parts.classes == ["one", "two"] and [len(x) for x in parts.folds["test"]] == [2, 2]
+    for name, count in (("many", 10), ("few", 2)):
+        (tmp_path / "flat" / name).mkdir(parents=True)
+        for k in range(count):
+            tone(tmp_path / "flat" / name / f"{k}.wav", 16_000, seconds=0.1)
+    flat, again = (data.open_labelled(str(tmp_path / "flat"), 64, seed=1) for _ in range(2))
+    ((train, test),), ((_, same),) = flat.folds.values(), again.folds.values()
+    assert torch.equal(test, same) and flat.targets(test.tolist()).sum(0).tolist() == [1, 2]
+    assert not set(train.tolist()) & set(test.tolist()) and len(train) + len(test) == 12
+
+
+def test_what_is_no_labelled_data_set_says_so(tmp_path):
+    tone(tmp_path / "a.wav", 16_000)
+    with pytest.raises(AudioError, match="no labelled data set"):
+        data.open_labelled(str(tmp_path), 64)
+    with pytest.raises(AudioError, match="no such folder"):
+        data.open_labelled(str(tmp_path / "nowhere"), 64)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# finetune.py
+# ---------------------------------------------------------------------------------------------------------
+
+
+def slow_average_precision(scores, targets):
+    """The mean over the positives of the share of positives among all clips that score no lower."""
+    found = [np.mean(targets[scores >= score]) for score in scores[targets > 0]]
+    return np.mean(found) if found else np.nan
+
+
+def test_average_precision_by_hand_with_ties_and_against_a_slow_version():
+    by_hand = average_precision(np.array([[0.9, 1], [0.8, 1], [0.7, 1], [0.6, 1]]), np.array([[1, 1], [0, 0], [1, 0], [0, 0]]))
+    assert by_hand.tolist() == pytest.approx([(1 + 2 / 3) / 2, 1 / 4])  # all equal: the share of positives
+    assert np.isnan(average_precision(np.ones((3, 1)), np.zeros((3, 1)))[0])
+    rng = np.random.default_rng(0)
+    scores, targets = rng.integers(0, 6, (50, 20)) / 5, rng.random((50, 20)) < 0.2
+    slow = [slow_average_precision(scores[:, k], targets[:, k]) for k in range(20)]
+    np.testing.assert_allclose(average_precision(scores, targets), slow)
+
+
+def test_results_leave_out_classes_without_positives_and_say_so():
+    scores, targets = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]]), torch.tensor([[1.0, 0, 0], [1, 1, 0]])
+    result = finetune.evaluate(scores, targets, ["a", "b", "c"], multi_label=True)
+    assert result["value"] == 1.0 and result["per_class"]["c"] is None and "1 classes have no positive" in result["note"]
+    result = finetune.evaluate(scores, torch.tensor([[1.0, 0, 0], [1, 0, 0]]), ["a", "b", "c"], multi_label=False)
+    assert result["value"] == 0.5 and result["confusion"] == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert result["per_class"] == {"a": 0.5, "b": None, "c": None}
+
+
+def test_layers_learn_at_the_rates_of_the_formula():
+    model = Classifier(Encoder(EATConfig(**{**SMALL, "depth": 3})), ["a", "b"], drop_path=0.1)
+    groups = finetune.make_optimizer(model, FineTune()).param_groups
+    scale = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        want = 0.65 ** (3 + 1 - (int(name.split(".")[2]) + 1)) if ".blocks." in name else 1.0
+        assert scale[id(p)] == (pytest.approx(want), 0.05 if p.ndim > 1 else 0.0), name
+    assert [block.drop_path for block in model.encoder.blocks] == pytest.approx([0, 0.05, 0.1])
+    recipe = FineTune(steps=100)
+    assert [recipe.learning_rate(n) for n in (1, 10, 55, 100)] == pytest.approx([5e-6, 5e-5, (5e-5 + 1e-6) / 2, 1e-6])
+
+
+def test_drop_path_skips_whole_clips_and_keeps_the_mean():
+    block = eat.Block(EATConfig(**SMALL))
+    block.drop_path = 0.25
+    x = block.dropped(torch.ones(4000, 3, 2))
+    assert x.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (x == x[:, :1, :1]).all() and x.mean().item() == pytest.approx(1, abs=0.05)
+    assert (block.eval().dropped(torch.ones(4, 3, 2)) == 1).all()
+
+
+def test_mixup_is_one_lambda_with_the_flipped_batch():
+    x, targets = torch.randn(4, 1, 16, 128), torch.eye(4)
+    mixed, labels = finetune.mixup(x, targets, 0.8, np.random.default_rng(0))
+    share = labels[0, 0].item()
+    assert share == pytest.approx(np.random.default_rng(0).beta(0.8, 0.8))
+    torch.testing.assert_close(mixed[1], share * x[1] + (1 - share) * x[2])
+    torch.testing.assert_close(labels[3], share * targets[3] + (1 - share) * targets[0])
+
+
+def test_spec_augment_masks_one_band_and_one_stretch_a_clip():
+    x = finetune.spec_augment(torch.ones(200, 1, 64, 128), 0.4, np.random.default_rng(0))[:, 0] == 0
+    for masked, size in ((x.all(1), 128), (x.all(2), 64)):
+        edges = masked.int().diff(dim=1, prepend=torch.zeros(200, 1), append=torch.zeros(200, 1)).abs().sum(1)
+        assert (edges <= 2).all()  # one piece
+        widths = masked.sum(1).float()
+        assert 0.36 * size < widths.max() <= 0.4 * size + 1 and widths.mean().item() == pytest.approx(0.2 * size, rel=0.15)
+    assert (x == (x.all(1)[:, None, :] | x.all(2)[:, :, None])).all()
+
+
+def test_roll_and_gain_move_each_clip_within_itself():
+    waveforms = torch.zeros(3, 10)
+    waveforms[:, :6] = torch.arange(1.0, 7)
+    lengths = torch.tensor([6, 6, 6])
+    rolled = finetune.roll_and_gain(waveforms, lengths, np.random.default_rng(1))
+    assert (rolled[:, 6:] == 0).all()
+    for row in rolled:
+        gain = row.sum() / 21
+        assert 0.5 < gain < 1.5
+        shift = int((row / gain).round().argmin())
+        order = (row[:6] / gain).round()
+        assert (order.roll(-int(order.argmin())) == torch.arange(1.0, 7)).all(), shift
+    assert len({tuple(row.div(row.sum()).tolist()) for row in rolled}) > 1
+
+
+def test_noise_is_small_and_frames_roll_by_up_to_ten():
+    x = torch.zeros(50, 1, 64, 128)
+    x[:, :, 30] = 10
+    y = finetune.add_noise_and_roll(x, np.random.default_rng(0))[:, 0]
+    moved = y.mean(2).argmax(1) - 30
+    assert moved.abs().max() <= 10 and len(moved.unique()) > 8
+    assert 0 <= (y % 10).min() and y.sort(1).values[:, :-1].max() < 0.1
+
+
+def test_linear_probe_reaches_the_optimum():
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    x[:, 0] += labels
+    targets = F.one_hot(labels).float()
+    scores = finetune.linear_scores(x, targets, x, 1.0, multi_label=False)
+    z = ((x - x.mean(0)) / x.std(0)).double()
+    weight = torch.linalg.lstsq(torch.cat([z, torch.ones(60, 1)], 1), scores).solution[:5]
+    # At the optimum the loss's gradient on the weights balances the penalty's, and that on the bias is zero.
+    residual = scores.softmax(1) - targets
+    torch.testing.assert_close(z.T @ residual, -weight, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(residual.sum(0), torch.zeros(3).double(), atol=1e-3, rtol=0)
+
+
+FINE = ["--steps=2", "--batch-size=4", "--device=cpu", "--workers=0", "--log-every=1"]
+
+
+@pytest.fixture(scope="module")
+def esc(tmp_path_factory):
+    return make_esc(tmp_path_factory.mktemp("labelled") / "esc")
+
+
+def fine(dataset, out, *more):
+    return finetune.main([f"--data={dataset}", f"--out={out}", *FINE, *more])
+
+
+@pytest.mark.parametrize("recipe", list(finetune.RECIPES))
+def test_every_recipe_trains_and_tests(recipe, whole_run, esc, tmp_path):
+    dataset = make_manifests(tmp_path / "as", weights=recipe == "as2m") if recipe.startswith("as") else esc
+    out = tmp_path / "out"
+    assert fine(dataset, out, f"--recipe={recipe}", f"--checkpoint={whole_run}/last.pt", "--frames=64") == 0
+    results = json.loads((out / "results.json").read_text())
+    row = finetune.RECIPES[recipe]
+    assert all(results["recipe"][k] == v for k, v in row.items() if k not in ("steps", "batch_size", "frames"))
+    for result in results["results"]["fine-tuned"].values():
+        assert 0 <= result["value"] <= 1 and len(result["per_class"]) == (3 if recipe.startswith("as") else 2)
+    assert (out / "confusion.png").exists() != recipe.startswith("as")
+
+
+def test_fine_tuning_learns_and_the_classifier_predicts(esc, whole_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert fine(esc, out, f"--checkpoint={whole_run}/last.pt", "--steps=60", "--lr=3e-3", "--frames=64", "--layer-decay=1",
+                "--fold=1") == 0
+    assert "fold 1: accuracy 100.0%" in capsys.readouterr().out
+    clip = str(esc / "audio" / "1-10-A-41.wav")
+    assert finetune.main(["predict", clip, f"--checkpoint={out}/last.pt", "--json", "--device=cpu"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["clip"] == clip and row["labels"][0]["label"] == "chainsaw"
+    assert sum(label["probability"] for label in row["labels"]) == pytest.approx(1, abs=1e-3)
+    assert finetune.main(["predict", str(esc), f"--checkpoint={out}/last.pt", "--top=1", "--device=cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("%  chainsaw") == said.count("%  rooster") == 4
+    model = finetune.load_classifier(out / "last.pt")
+    torch.testing.assert_close(eat.load_encoder(out / "last.pt").state_dict(), model.encoder.state_dict())
+
+
+def test_fine_tuning_resumes_exactly_across_folds(esc, whole_run, tmp_path):
+    run = [f"--checkpoint={whole_run}/last.pt", "--frames=64", "--steps=6"]
+    assert fine(esc, tmp_path / "whole", *run) == 0
+    process = start("finetune.py", f"--data={esc}", f"--out={tmp_path}/cut", *FINE, *run, "--save-every=1")
+    while process.poll() is None:
+        path = tmp_path / "cut" / "log.jsonl"
+        if path.exists() and '"fold 2", "step": 3' in path.read_text():
+            process.kill()
+            break
+        time.sleep(0.005)
+    process.communicate()
+    assert fine(esc, tmp_path / "cut", *run, "--resume", "--workers=1") == 0
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("cut", "whole")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("mode", ["linear", "knn"])
+def test_frozen_features_are_probed(mode, esc, whole_run, tmp_path, capsys):
+    assert fine(esc, tmp_path / "out", f"--checkpoint={whole_run}/last.pt", f"--mode={mode}", "--neighbours=1", "--frames=64") == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert set(results) == {"CLS", "mean of patches", "no network"}
+    assert all(result["value"] == 1.0 for result in results["no network"].values())  # two tones far apart
+    assert "over 2 folds" in capsys.readouterr().out
+
+
+def test_embed_writes_rows_for_files_and_for_time_steps(whole_run, tmp_path):
+    for k, seconds in enumerate((0.3, 0.64, 3.0)):
+        tone(tmp_path / f"{k}.wav", 16_000, seconds=seconds)
+    (tmp_path / "broken.wav").write_text("no sound")
+    where = [str(tmp_path), f"--checkpoint={whole_run}/last.pt", "--device=cpu", f"--out={tmp_path}/x.npz"]
+    assert finetune.main(["embed", *where]) == 0
+    found = np.load(tmp_path / "x.npz")
+    assert [Path(path).name for path in found["paths"]] == ["0.wav", "1.wav", "2.wav"]
+    assert found["cls"].shape == found["mean"].shape == (3, 32)
+    encoder = eat.load_encoder(whole_run / "last.pt")
+    waveform = load_audio(tmp_path / "0.wav")
+    x = spectrogram((waveform - waveform.mean())[None], torch.tensor([len(waveform)]), 64, encoder.config.mean, encoder.config.std)
+    tokens = encoder(x).detach()[0]
+    np.testing.assert_allclose(found["cls"][0], tokens[0], atol=1e-5)
+
+    assert finetune.main(["embed", *where, "--frames"]) == 0
+    averaged = np.load(tmp_path / "x.npz")
+    steps = [math.ceil((int(seconds * 16_000) - 400) // 160 / 16 + 1e-9) for seconds in (0.3, 0.64, 3.0)]
+    assert np.bincount(averaged["path_index"]).tolist() == steps
+    assert averaged["seconds"][-1] == pytest.approx((steps[-1] - 1) * 0.16, abs=1e-5)
+    np.testing.assert_allclose(averaged["features"][0], tokens[1:9].mean(0), atol=1e-5)
+    assert finetune.main(["embed", *where, "--frames", "--join"]) == 0
+    joined = np.load(tmp_path / "x.npz")["features"]
+    np.testing.assert_allclose(joined.reshape(-1, 8, 32).mean(1), averaged["features"], atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (["--data=nowhere"], "no such folder"), (["--fold=9"], "--fold 9"), (["--checkpoint=nowhere.pt"], "no such file"),
+    (["--weighted"], "sampling weights"), (["--batch-size=5", "--accumulate=2"], "multiple"),
+])
+def test_bad_input_to_fine_tuning_gets_one_line_and_status_2(wrong, says, esc, tmp_path, capsys):
+    assert fine(esc, tmp_path / "out", "--frames=64", *wrong) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert says in lines[-1] and "Traceback" not in "".join(lines)
+
+
+def test_an_encoder_is_no_classifier(whole_run, esc, capsys):
+    assert finetune.main(["predict", str(esc), f"--checkpoint={whole_run}/last.pt"]) == 2
+    assert "without a classifier" in capsys.readouterr().err
+    assert finetune.main(["embed", "nowhere", f"--checkpoint={whole_run}/last.pt"]) == 2
+
+
+@real_sound
+def test_esc10_is_recognised():
+    esc10 = data.open_labelled(str(SHARED / "data/esc10"), 512)
+    assert (esc10.kind, len(esc10.clips), len(esc10.classes)) == ("ESC-10", 400, 10)
+    assert [(len(train), len(test)) for train, test in esc10.folds.values()] == [(320, 80)] * 5
