@@ -507,12 +507,12 @@ def show(clip, out, seed=0):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from eat import PATCH, EATConfig, draw_masks  # here, since eat.py imports this file
+    from eat import PATCH, EATConfig, draw_masks  # not at the top: eat.py imports this file
 
     waveform = open_clips(clip, 256 if clip == "demo" else 1024, seed).usable(0)
     frames = math.ceil(max(1, (len(waveform) - WINDOW) // SHIFT + 1) / PATCH) * PATCH
     config = EATConfig(frames=max(frames, 2 * PATCH))
-    image = spectrogram(waveform[None], torch.tensor([len(waveform)]), config.frames, config.mean, config.std)[0, 0].T
+    image = spectrogram(waveform[None], torch.tensor([len(waveform)]), config.frames, config.mean, config.std)[0, 0].T.numpy()
     grid = (config.frames // PATCH, MEL_BINS // PATCH)
     masks = draw_masks(config, 1, grid, generator=torch.Generator().manual_seed(seed))[0].view(-1, *grid)
 
@@ -530,7 +530,7 @@ def show(clip, out, seed=0):
     axes.hlines(np.arange(1, grid[1]) * PATCH, 0, seconds, color="white", linewidth=0.4)
     for k in range(4):
         axes = figure.add_subplot(rows[2, k])
-        hidden = masks[k].T.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)
+        hidden = masks[k].T.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).numpy()
         axes.imshow(np.ma.masked_array(image, hidden), **look)
         axes.set(facecolor="lightgray", xticks=[], yticks=[], title=f"clone {k + 1}: {config.visible} patches visible")
     figure.savefig(out, dpi=100)

@@ -464,6 +464,11 @@ def load_encoder(path):
 # Training: the recipe
 # ---------------------------------------------------------------------------------------------------------
 
+from torch.utils.data import DataLoader  # noqa: E402  what is above needs torch alone and can be lifted out
+from tqdm import tqdm  # noqa: E402
+
+from data import STATS, AudioError, Demo, describe_skipped, measure_stats, open_clips, spectrogram  # noqa: E402
+
 
 @dataclasses.dataclass
 class Recipe:
@@ -638,8 +643,6 @@ class Machine:
 
 def train(config, recipe, clips, machine, resumed=None):
     """Pre-train on `clips` -> (EAT, its student at the start, the number of the signal that stopped it or 0)."""
-    from data import AudioError, describe_skipped, spectrogram
-
     device, step = machine.device, 0
     torch.manual_seed(recipe.seed)
     model = EAT(config).to(device)
@@ -653,7 +656,7 @@ def train(config, recipe, clips, machine, resumed=None):
         step = resumed["step"]
     net = machine.wrap(model)
     shares = Shares(shuffled(len(clips), recipe.seed), recipe, step, machine.rank, machine.world)
-    batches = iter(torch.utils.data.DataLoader(
+    batches = iter(DataLoader(
         clips, batch_sampler=shares, num_workers=machine.workers, collate_fn=lambda batch: batch,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     stop = StopSignal(machine)
@@ -678,7 +681,8 @@ def train(config, recipe, clips, machine, resumed=None):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step)
         scaler.unscale_(optimizer)
-        log.add({"grad_norm": nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)})
+        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        log.add({"grad_norm": norm.nan_to_num(0, 0) if scaler.is_enabled() else norm})  # there it skips such updates
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -694,6 +698,7 @@ def train(config, recipe, clips, machine, resumed=None):
                 "clips": len(clips), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict()})
     log.close()
+    stop.restore()
     return model, start, stop.agreed if step < recipe.steps else 0
 
 
@@ -702,12 +707,15 @@ class StopSignal:
 
     def __init__(self, machine):
         self.machine, self.caught, self.agreed = machine, 0, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.catch)
+        self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def catch(self, number, frame):
         self.caught = number
         signal.signal(number, signal.SIG_DFL)
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def agree(self, look):
         """The signal to stop for, or 0. Several processes must stop at the same step; they ask when they `look`."""
@@ -722,8 +730,6 @@ class Log:
     """log.jsonl, a line every few steps with the averages since the last; and a progress bar on a terminal."""
 
     def __init__(self, recipe, step, machine):
-        from tqdm import tqdm
-
         self.recipe, self.machine, self.path = recipe, machine, os.path.join(recipe.out, "log.jsonl")
         self.skipped, self.named, self.last_step, self.since = {}, 0, step, time.monotonic()
         self.sums, self.counts = {}, collections.Counter()
@@ -741,8 +747,6 @@ class Log:
             self.counts[name] += 1
 
     def write(self, step):
-        from data import describe_skipped
-
         means = self.machine.mean(torch.stack([self.sums[name] / self.counts[name] for name in self.sums]))
         values = dict(zip(self.sums, means.tolist()))
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
@@ -768,7 +772,6 @@ class Log:
 
     def check(self, step, values):
         """Stop a run that has gone wrong."""
-        self.bar.disable or self.bar.refresh()
         if not all(map(math.isfinite, values.values())):
             bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
             why, what = f"not finite: {bad}", "a lower --lr, a longer --warmup-steps or a smaller --grad-clip"
@@ -794,11 +797,6 @@ class Log:
 def outputs(model, config, clips, numbers, machine, batch_size=32):
     """Yields (what `model` makes of a batch of clips' spectrograms, the clips' numbers), in order, with a progress bar;
     clips that cannot be read are missing, and named in clips.skipped."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
-    from data import spectrogram
-
     clips = copy.copy(clips)
     clips.replace = False
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(batch_size)]
@@ -831,8 +829,6 @@ def nearest_neighbours(bank, bank_targets, queries, k=10):
 
 def demo_accuracy(encoder, seed, machine):
     """kNN accuracy on demo clips that no training run sees: 480 in the bank, 240 asked for."""
-    from data import Demo
-
     held_out = Demo(encoder.config.frames, seed, size=720, held_out=True)
     found, _ = features(encoder, encoder.config, held_out, range(720), machine)
     labels = torch.as_tensor(held_out.labels)
@@ -875,8 +871,6 @@ def keep_settings(given, settings, may_change, out):
 
 def settle(given):
     """Flags -> (EATConfig, Recipe, Clips, the checkpoint to go on from or None)."""
-    from data import STATS, measure_stats, open_clips
-
     out = given.get("out", Recipe.out)
     found = find_checkpoint(out)
     if found and given.get("resume"):
@@ -895,10 +889,10 @@ def settle(given):
     clips = open_clips(given["data"], config.frames, given.get("seed", Recipe.seed))
     ours = {field.name for field in dataclasses.fields(Recipe)}
     recipe = Recipe().scaled(**{k: v for k, v in PRESETS[preset].items() if k in ours})
-    changes = {k: v for k, v in given.items() if k in ours}
+    changes = {"preset": preset, **{k: v for k, v in given.items() if k in ours}}
     if changes.get("epochs"):
         changes["steps"] = math.ceil(changes["epochs"] * len(clips) / changes.get("batch_size", recipe.batch_size))
-    recipe = recipe.scaled(**changes, preset=preset) if "preset" not in changes else recipe.scaled(**changes)
+    recipe = recipe.scaled(**changes)
     if not {"mean", "std"} & given.keys():
         mean, std = STATS[recipe.stats] if recipe.stats in STATS else measure_stats(clips)
         config = dataclasses.replace(config, mean=mean, std=std)
@@ -938,8 +932,6 @@ def make_folder(path):
 
 def describe(config, recipe, clips, machine, resumed):
     """The run in a few lines, every number that was derived among them."""
-    from data import describe_skipped
-
     size = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
             (("encoder", Encoder(config)), ("decoder", Decoder(config)))}
     lines = [
@@ -967,8 +959,6 @@ def describe(config, recipe, clips, machine, resumed):
 
 def guarded(program, job, given):
     """Run a job -> exit status. What the user can mend gets one line and 2, a run that has gone wrong one line and 1."""
-    from data import AudioError
-
     try:
         return job(given)
     except (UsageError, AudioError, TrainingStopped) as error:

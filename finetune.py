@@ -319,7 +319,7 @@ def fit(model, data, fold, config, recipe, machine, stop, save, resumed=None):
 
 
 def fine_tune(data, encoder, config, recipe, machine, resumed):
-    """Every fold: train, then test once -> {fold: its results}, or None where a signal stopped it."""
+    """Every fold: train, then test once -> {fold: its results}, or the number of the signal that stopped it."""
     done = resumed["done"] if resumed else {}
     stop = eat.StopSignal(machine)
     for fold, (_, test) in data.folds.items():
@@ -338,11 +338,12 @@ def fine_tune(data, encoder, config, recipe, machine, resumed):
                 "optimizer": optimizer and optimizer.state_dict(), "scaler": scaler and scaler.state_dict()})
 
         if not fit(model, data, fold, config, recipe, machine, stop, save, resumed):
-            return None
+            return stop.agreed
         scores, used = zip(*((x.float().cpu(), used) for x, used in eat.outputs(model, config, data.clips, test, machine)))
         done[fold] = evaluate(torch.cat(scores), data.targets(torch.cat(used).tolist()), data.classes, data.multi_label)
         say_fold(fold, done[fold])
         save(recipe.steps)
+    stop.restore()
     return done
 
 
@@ -609,8 +610,9 @@ def train_or_probe(given):
               f"{recipe.lr:.3g}, layer decay {recipe.layer_decay}, {recipe.loss}, mixup {recipe.mixup}; seed {recipe.seed}",
               flush=True)
         folds = fine_tune(data, encoder, config, recipe, machine, resumed)
-        if folds is None:
-            return 0
+        if isinstance(folds, int):
+            print(f"stopped; the same command with --resume goes on from {recipe.out}")
+            return 128 + folds
         results = {"fine-tuned": folds}
         print(f"fine-tuned: {summary(folds)}")
     else:
