@@ -18,13 +18,17 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
+import pickle
+import re
 import signal
 import sys
 import time
 import typing
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -107,8 +111,12 @@ class EATConfig:
 
     @classmethod
     def preset(cls, name, **changes):
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in {**PRESETS[name], **changes}.items() if k in names})
+        return cls(**{**fields_of(cls, PRESETS[name]), **changes})
+
+
+def fields_of(kind, values):
+    """Those of `values` that are fields of a dataclass."""
+    return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
 
 
 # What a preset does not name is the default, here and in `Recipe` below. "tiny" is for a CPU and a thousand steps
@@ -132,14 +140,13 @@ PRESETS["demo"] = {**PRESETS["tiny"], "dim": 128, "depth": 4, "heads": 2, "steps
 def sincos_positions(H, W, D):
     """Fixed 2-D sin-cos positions -> (H * W, D). The first D/2 channels tell the frequency column, the last
     D/2 the time row; they depend on the row and column only, so any length works."""
-    omega = 10000.0 ** -(torch.arange(D // 4, dtype=torch.float64) / (D // 4))
+    omega = 1 / 10000.0 ** (torch.arange(D // 4) / (D // 4))
 
     def encode(p):
-        angles = p[:, None].double() * omega
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return torch.cat([(p[:, None] * omega).sin(), (p[:, None] * omega).cos()], dim=1)
 
     row, column = torch.arange(H).repeat_interleave(W), torch.arange(W).repeat(H)
-    return torch.cat([encode(column), encode(row)], dim=1).float()
+    return torch.cat([encode(column), encode(row)], dim=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -424,16 +431,74 @@ def save_checkpoint(folder, state):
 
 
 def read_checkpoint(path):
-    """A checkpoint of this file's own -> dict of tensors and plain values. No code in it can run."""
+    """Any checkpoint, of this file's own or the release's (see there) -> dict: "config", the fields of an EATConfig;
+    "model", tensors named student.*, decoder.*, teacher.* of an EAT, or encoder.*, fc_norm.*, head.* of a classifier,
+    which also has "classes" and "multi_label". No code in a file ever runs. Raises UsageError."""
+    path = str(path)
+    if not os.path.exists(path):
+        raise UsageError(f"{path}: no such file; a checkpoint is the last.pt in the --out folder of a run, a fairseq .pt, "
+                         "or a Hugging Face folder or .safetensors")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["model"]
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; a checkpoint is the last.pt in the --out folder of a run") from None
-    except Exception as error:  # torch.load fails in many ways on damaged files
+        if os.path.isdir(path) or path.endswith(".safetensors"):
+            state = read_hugging_face(path)
+        else:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # holds more than tensors and plain values
+                state = unpickle_inert(path)
+            if "config" not in state:
+                state = translate(state["model"], state["model"].pop("_ema", {}), fairseq_settings(state.get("cfg")))
+        check_sizes(state)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    except Exception as error:  # damaged files fail in many ways
         reason = str(error).split("\n")[0]
-        raise UsageError(f"{path}: not a whole checkpoint of eat.py ({type(error).__name__}: {reason})") from None
+        raise UsageError(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason})") from None
     return state
+
+
+def check_sizes(state):
+    """Hold the config against the tensors, before anything is made of its sizes."""
+    sizes, config = sizes_of(state["model"]), state["config"]
+    wrong = [f"{name} {config[name]} (tensors: {value})" for name, value in sizes.items() if config[name] != value]
+    if wrong:
+        raise UsageError(f"config and tensors differ: {', '.join(wrong)}")
+
+
+def sizes_of(model):
+    """What the shapes of a model's tensors tell of its EATConfig."""
+    part = next((part for part in ("student.", "encoder.") if f"{part}patches.proj.weight" in model), None)
+    if part is None:
+        raise UsageError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
+    D = len(model[f"{part}patches.proj.weight"])
+    sizes = {"dim": D, "depth": len({name.split(".")[2] for name in model if name.startswith(f"{part}blocks.")})}
+    if f"{part}blocks.0.mlp.fc1.weight" in model:
+        sizes["mlp_ratio"] = len(model[f"{part}blocks.0.mlp.fc1.weight"]) / D
+    if "decoder.convs.0.weight" in model:
+        _, width, kernel, _ = model["decoder.convs.0.weight"].shape
+        sizes |= {"decoder_kernel": kernel, "decoder_groups": D // width,
+                  "decoder_layers": sum(name.startswith("decoder.convs.") for name in model) // 2}
+    return sizes
+
+
+def fill(module, state, path):
+    """Load tensors into a module, or say what is missing, what is too much and whose shape is another."""
+    wanted = module.state_dict()
+    faults = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - wanted.keys()),
+        "of another shape": [f"{name} {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
+                             for name in wanted if name in state and state[name].shape != wanted[name].shape],
+    }
+    if any(faults.values()):
+        raise UsageError(f"{path}: " + "; ".join(f"{len(names)} {what} ({', '.join(names[:3])}{' ...' * (len(names) > 3)})"
+                                                 for what, names in faults.items() if names))
+    module.load_state_dict(state)
+    return module
+
+
+def part_of(state, prefix):
+    return {name.removeprefix(prefix): tensor for name, tensor in state["model"].items() if name.startswith(prefix)}
 
 
 def find_checkpoint(folder):
@@ -443,21 +508,19 @@ def find_checkpoint(folder):
 
 
 def load_pretrained(path):
-    """-> EAT with student, decoder and teacher of a pre-training checkpoint."""
+    """-> EAT with student, decoder and teacher of a pre-training checkpoint, our own or fairseq's."""
     state = read_checkpoint(path)
-    model = EAT(EATConfig(**state["config"]))
-    model.load_state_dict(state["model"])
-    return model
+    if not part_of(state, "decoder.") or not part_of(state, "teacher."):
+        raise UsageError(f"{path}: an encoder alone, without the decoder and teacher of pre-training; see load_encoder")
+    return fill(EAT(EATConfig(**state["config"])), state["model"], path)
 
 
 def load_encoder(path):
-    """-> the Encoder of a checkpoint, pre-trained (the student's) or fine-tuned, in eval mode; its `config` has the
-    length and the statistics it was trained with."""
+    """-> the Encoder of any checkpoint (the student's, of a pre-trained one), in eval mode; its `config` has the length
+    and the statistics it was trained with."""
     state = read_checkpoint(path)
     encoder = Encoder(EATConfig(**state["config"]))
-    part = "encoder." if "classes" in state else "student."
-    encoder.load_state_dict({k.removeprefix(part): v for k, v in state["model"].items() if k.startswith(part)})
-    return encoder.eval()
+    return fill(encoder, part_of(state, "student.") or part_of(state, "encoder."), path).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -477,6 +540,7 @@ class Recipe:
     data: str = option(None, "sound: a folder, a file, a list of files (one a line, or a release .tsv), or 'demo'")
     preset: str = option(None, "sizes and recipe; default demo for the demo, else base", choices=tuple(PRESETS))
     out: str = option("out", "folder for checkpoints (last.pt, previous.pt) and log.jsonl")
+    init: str = option(None, "start from the weights of a checkpoint, ours or the release's, teacher included")
     resume: bool = option(False, "go on with the run in --out, exactly where its last checkpoint stands")
     steps: int = option(400_000, "optimizer updates")
     epochs: float = option(None, "the same, in passes over the data")
@@ -646,6 +710,8 @@ def train(config, recipe, clips, machine, resumed=None):
     device, step = machine.device, 0
     torch.manual_seed(recipe.seed)
     model = EAT(config).to(device)
+    if recipe.init and not resumed:
+        machine.say(load_initial(model, recipe.init))
     start = copy.deepcopy(model.student)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
@@ -700,6 +766,17 @@ def train(config, recipe, clips, machine, resumed=None):
     log.close()
     stop.restore()
     return model, start, stop.agreed if step < recipe.steps else 0
+
+
+def load_initial(model, path):
+    """Start from a checkpoint: with all that pre-training has, or an encoder, from which the teacher then starts too."""
+    state = read_checkpoint(path)
+    if part_of(state, "decoder.") and part_of(state, "teacher."):
+        fill(model, state["model"], path)
+        return f"init     student, decoder and teacher of {path}"
+    fill(model.student, part_of(state, "student.") or part_of(state, "encoder."), path)
+    model.teacher.load_state_dict(model.student.state_dict())
+    return f"init     the encoder of {path} as student and teacher; it has no decoder, which starts from random weights"
 
 
 class StopSignal:
@@ -838,6 +915,191 @@ def demo_accuracy(encoder, seed, machine):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Checkpoints of the release: fairseq files and Hugging Face folders
+# ---------------------------------------------------------------------------------------------------------
+
+# Our names of an encoder's parts, fairseq's and Hugging Face's; blocks.*, fc_norm.* and head.* are the same in all.
+PLACE = "modality_encoders.IMAGE."
+RELEASE_NAMES = (
+    ("cls", PLACE + "extra_tokens", "extra_tokens"),
+    ("patches.proj.", PLACE + "local_encoder.proj.", "local_encoder.proj."),
+    ("norm.", PLACE + "context_encoder.norm.", "pre_norm."),
+    ("decoder.", PLACE + "decoder.", None),
+)
+POSITIONS = ("fixed_positional_encoder.positions", PLACE + "fixed_positional_encoder.positions")  # computed here
+
+
+def our_name(name):
+    """`blocks.0.norm1.weight`, `decoder.convs.0.weight` ... of a name in fairseq's or Hugging Face's layout."""
+    name = name.removeprefix("model.")
+    for ours, *theirs in RELEASE_NAMES:
+        for prefix in filter(None, theirs):
+            if name.startswith(prefix):
+                return re.sub(r"^decoder\.blocks\.(\d+)\.0\.", r"decoder.convs.\1.", ours + name.removeprefix(prefix))
+    return name
+
+
+def translate(model, teacher, settings):
+    """Tensors in the release's names, the teacher's, and what its config says -> as read_checkpoint returns it."""
+    model, teacher = ({our_name(name): tensor for name, tensor in tensors.items() if name.removeprefix("model.") not in POSITIONS}
+                      for tensors in (model, teacher))
+    encoder = "encoder." if "head.weight" in model else "student."
+    model = {name if name.startswith(("decoder.", "fc_norm.", "head.")) else encoder + name: x for name, x in model.items()}
+    model |= {f"teacher.{name}": tensor for name, tensor in teacher.items()}
+    known = dataclasses.asdict(EATConfig()) | sizes_of(model)
+    known["heads"] = max(1, known["dim"] // 64)  # base, large and their kin; where the file says so, what it says
+    state = {"config": known | {k: v for k, v in settings.items() if v is not None}, "model": model}
+    if "head.weight" in model:
+        classes = len(model["head.weight"])
+        state |= {"classes": [str(k) for k in range(classes)], "multi_label": classes == 527}  # AudioSet's
+    return state
+
+
+def fairseq_settings(config):
+    """What a fairseq config (stand-ins of omegaconf's classes) says of an EATConfig's fields."""
+    config = plain(config) or {}
+    while "pretrained_model_args" in config.get("model", {}):  # a fine-tuned file has that of pre-training inside
+        config = config["model"]["pretrained_model_args"]
+    model = config.get("model") or {}
+    sound = (model.get("modalities") or {}).get("image") or {}
+    names = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio", "norm_eps": "norm_eps",
+             "clone_batch": "clones", "target_length": "frames", "mask_prob": "mask_ratio", "mask_length": "mask_block",
+             "mask_prob_adjust": "mask_adjust", "mask_noise_std": "mask_noise_std"}
+    return {ours: place[theirs] for place in (model, sound) for theirs, ours in names.items() if theirs in place}
+
+
+def read_hugging_face(path):
+    """A folder of config.json and model.safetensors, or the latter with the former beside it."""
+    from safetensors.torch import load_file
+
+    folder, file = (path, os.path.join(path, "model.safetensors")) if os.path.isdir(path) else (os.path.dirname(path), path)
+    if not os.path.exists(file):
+        raise UsageError("no model.safetensors in it")
+    config, settings = {}, os.path.join(folder, "config.json")
+    if os.path.exists(settings):
+        with open(settings) as text:
+            config = json.load(text)
+    names = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio", "norm_eps": "norm_eps"}
+    found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    return translate(load_file(file), {}, found | {"frames": config.get("img_size", [None])[0]})
+
+
+def export(source, folder):
+    """Write any checkpoint's encoder, or classifier, in the Hugging Face layout: config.json and model.safetensors."""
+    from safetensors.torch import save_file
+
+    state = read_checkpoint(source)
+    config, tensors = EATConfig(**state["config"]), {}
+    for name, tensor in (part_of(state, "student.") or part_of(state, "encoder.")).items():
+        for ours, _, theirs in RELEASE_NAMES:
+            if theirs and name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
+        tensors["model." + name] = tensor.contiguous()
+    tensors["model." + POSITIONS[0]] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]  # as the release: 2 minutes
+    tensors |= {f"model.{name}": tensor.contiguous() for name, tensor in state["model"].items() if name.startswith(("fc_norm.", "head."))}
+    make_folder(folder)
+    save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump({
+            "architectures": ["EATModel"], "model_type": "eat", "embed_dim": config.dim, "depth": config.depth,
+            "num_heads": config.heads, "patch_size": PATCH, "stride": PATCH, "in_chans": 1, "mel_bins": MEL_BINS,
+            "max_length": 768, "mlp_ratio": config.mlp_ratio, "qkv_bias": True, "drop_rate": 0.0, "attn_drop_rate": 0.0,
+            "activation_dropout": 0.0, "post_mlp_drop": 0.0, "start_drop_path_rate": 0.0, "end_drop_path_rate": 0.0,
+            "layer_norm_first": False, "norm_eps": config.norm_eps, "norm_affine": True, "fixed_positions": True,
+            "img_size": [config.frames, MEL_BINS], "torch_dtype": "float32",
+            "model_variant": "finetune" if "classes" in state else "pretrain",
+            "num_classes": len(state["classes"]) if "classes" in state else 527,
+        }, file, indent=1)
+    return folder
+
+
+# A fairseq file is a zip of raw tensors and a pickle of objects whose modules nobody has. Reading it calls nothing:
+# tensors and plain containers are rebuilt here, every other class becomes an Inert that keeps what it was given,
+# and what would call a function of Python's or torch's is refused.
+
+
+class Inert:
+    """Stands in for an object of an unknown class."""
+
+    def __new__(cls, *args):
+        if cls.refused:
+            raise UsageError(f"refused: it would call {cls.__module__}.{cls.__name__}")
+        self = object.__new__(cls)
+        self.args, self.fields = args, {}
+        return self
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, fields):
+        self.fields = fields if isinstance(fields, dict) else {}
+
+    def append(self, item):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def plain(value):
+    """Settings out of omegaconf's nested containers, as dicts, lists and values."""
+    if isinstance(value, Inert):
+        return plain(value.fields.get("_content", value.fields.get("_val")))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if isinstance(key, str)}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Unpickles the data.pkl of a zip that torch.save wrote, without calling anything from it."""
+
+    HARMLESS = {"argparse", "datetime", "enum", "pathlib", "typing"}  # classes of theirs that settings may hold
+
+    def __init__(self, archive, folder):
+        super().__init__(io.BytesIO(archive.read(folder + "data.pkl")))
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module, name):
+        if (module, name) in (("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2")):
+            return collections.OrderedDict if name == "OrderedDict" else self.tensor
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name.removesuffix("Storage").lower(), None)  # its dtype, as FloatStorage's
+        known = module.split(".")[0] in {*sys.stdlib_module_names, "__builtin__", "copy_reg", "torch"}
+        made_here = {"refused": known and module.split(".")[0] not in self.HARMLESS, "__module__": module}
+        if (module, name) == ("collections", "defaultdict"):
+            made_here["refused"] = False
+        return type(name, (Inert,), made_here)
+
+    def persistent_load(self, key):
+        """("storage", dtype, name in the zip, device, elements) -> 1-D tensor."""
+        _, dtype, name, _, count = key
+        data = bytearray(self.archive.read(f"{self.folder}data/{name}"))
+        if not isinstance(dtype, torch.dtype) or len(data) != count * dtype.itemsize:
+            raise UsageError(f"tensor {name} is not whole")
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+    @staticmethod
+    def tensor(storage, offset, size, stride, *_):
+        """A view of a storage; as_strided itself refuses one that reaches beyond."""
+        if not isinstance(storage, torch.Tensor) or len(size) != len(stride):
+            raise UsageError("refused: a tensor made of something else")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+        if min((offset, *size, *stride)) < 0 or 0 not in size and last >= len(storage):
+            raise UsageError("refused: a tensor that reaches beyond its data")
+        return storage.as_strided(size, stride, offset).contiguous()
+
+
+def unpickle_inert(path):
+    """A file that torch.save wrote, other than plain -> its object."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1 or any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise UsageError("not a file that torch.save wrote")
+        return InertUnpickler(archive, names[0].removesuffix("data.pkl")).load()
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
@@ -885,15 +1147,15 @@ def settle(given):
         raise UsageError("--data is missing: a folder of sound, or 'demo'")
 
     preset = given.get("preset", "demo" if given["data"] == "demo" else "base")
-    config = EATConfig.preset(preset, **given)
+    sizes = read_checkpoint(given["init"])["config"] if "init" in given else fields_of(EATConfig, PRESETS[preset])
+    config = EATConfig(**{**sizes, **fields_of(EATConfig, given)})
     clips = open_clips(given["data"], config.frames, given.get("seed", Recipe.seed))
-    ours = {field.name for field in dataclasses.fields(Recipe)}
-    recipe = Recipe().scaled(**{k: v for k, v in PRESETS[preset].items() if k in ours})
-    changes = {"preset": preset, **{k: v for k, v in given.items() if k in ours}}
+    recipe = Recipe().scaled(**fields_of(Recipe, PRESETS[preset]))
+    changes = {"preset": preset, **fields_of(Recipe, given)}
     if changes.get("epochs"):
         changes["steps"] = math.ceil(changes["epochs"] * len(clips) / changes.get("batch_size", recipe.batch_size))
     recipe = recipe.scaled(**changes)
-    if not {"mean", "std"} & given.keys():
+    if not {"mean", "std"} & given.keys() and ("init" not in given or "stats" in given):
         mean, std = STATS[recipe.stats] if recipe.stats in STATS else measure_stats(clips)
         config = dataclasses.replace(config, mean=mean, std=std)
     return config, recipe, clips, None
@@ -973,7 +1235,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="eat.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Pre-train an EAT on a folder of sound.",
-        epilog="examples:\n  python eat.py --data demo\n  python eat.py --data path/to/sound --preset tiny --frames 512")
+        epilog="examples:\n  python eat.py --data demo\n  python eat.py --data path/to/sound --preset tiny\n"
+               "  python eat.py export out/last.pt FOLDER      as config.json and model.safetensors")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["export"]:
+        parser = argparse.ArgumentParser(prog="eat.py export", description=export.__doc__)
+        parser.add_argument("checkpoint", help="ours, or the release's")
+        parser.add_argument("folder", help="where to write it")
+        return guarded("eat.py", lambda args: print(export(args.checkpoint, args.folder)) or 0, parser.parse_args(argv[1:]))
     add_flags(parser, Recipe, EATConfig)
     return guarded("eat.py", pretrain, vars(parser.parse_args(argv)))
 

@@ -10,6 +10,7 @@ The recipes are the release's. Without --checkpoint the encoder starts from rand
 
 import argparse
 import collections
+import csv
 import dataclasses
 import json
 import math
@@ -56,8 +57,7 @@ def load_classifier(path):
     state = eat.read_checkpoint(path)
     if "classes" not in state:
         raise UsageError(f"{path}: a pre-trained encoder without a classifier; fine-tune it first (finetune.py --data)")
-    model = Classifier(Encoder(EATConfig(**state["config"])), state["classes"])
-    model.load_state_dict(state["model"])
+    model = eat.fill(Classifier(Encoder(EATConfig(**state["config"])), state["classes"]), state["model"], path)
     model.multi_label = state["multi_label"]
     return model.eval()
 
@@ -495,6 +495,8 @@ def run_windows(model, config, paths, machine, batch_size=32):
 def predict(args):
     """A table of the likeliest labels of each file; a long file's windows are averaged by what they hold."""
     model = load_classifier(args.checkpoint)
+    if args.labels:
+        model.classes = read_labels(args.labels, len(model.classes))
     paths = [path for clip in args.clips for path in found_audio(clip)]
     rows = []
     for path, logits, lengths in run_windows(model, model.encoder.config, paths, eat.Machine(args)):
@@ -508,6 +510,22 @@ def predict(args):
     for row in [] if args.json else rows:
         print(row["clip"], *(f"    {label['probability']:6.1%}  {label['label']}" for label in row["labels"]), sep="\n")
     return 0 if rows else 1
+
+
+def read_labels(path, count):
+    """Names of `count` classes, from a csv of index, id, name (with a heading or not), or a name a line."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--labels {path}: {error}") from None
+    table = all(len(row) >= 3 for row in rows)
+    if table:
+        rows = sorted((row for row in rows if row[0].strip().isdigit()), key=lambda row: int(row[0]))
+    names = [row[2].strip() if table else ",".join(row).strip() for row in rows]
+    if len(names) != count:
+        raise UsageError(f"--labels {path}: {len(names)} names for {count} classes")
+    return names
 
 
 def embed(args):
@@ -636,6 +654,7 @@ def main(argv=None):
         if argv[0] == "predict":
             parser.add_argument("clips", nargs="+", help="sound files, folders or lists")
             parser.add_argument("--top", type=int, default=5, help="labels a file [5]")
+            parser.add_argument("--labels", help="names of the classes: a csv of index, id, name, or a name a line")
             parser.add_argument("--json", action="store_true", help="JSON instead of a table")
         else:
             parser.add_argument("path", help="a sound file, a folder or a list")

@@ -3,18 +3,22 @@
 Those that need the released code's fixtures or real sound look for them in ../shared and skip without it.
 """
 
+import io
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -513,12 +517,158 @@ def test_bad_input_gets_one_line_and_status_2(wrong, says, sounds, whole_run, tm
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    for content in (b"", b"<html>not found</html>", b"PK\x03\x04 cut short"):
+    whole = io.BytesIO()
+    torch.save({"config": {}, "model": {"x": torch.zeros(1000)}}, whole)
+    for content in (b"", b"<html>not found</html>", b"PK\x03\x04 cut short", whole.getvalue()[:3000]):
         (tmp_path / "last.pt").write_bytes(content)
         with pytest.raises(eat.UsageError, match="last.pt: not a whole checkpoint"):
             eat.load_encoder(tmp_path / "last.pt")
+    (tmp_path / "last.pt").write_bytes(whole.getvalue())
+    with pytest.raises(eat.UsageError, match="last.pt: no encoder in it; it has x"):
+        eat.load_encoder(tmp_path / "last.pt")
     with pytest.raises(eat.UsageError, match="no such file"):
         eat.load_encoder(tmp_path / "nowhere.pt")
+
+
+TINY = SHARED / "fixtures/tiny"
+FORMATS = ["fairseq_pretrained.pt", "fairseq_finetuned.pt", "hf_pretrained", "hf_finetuned", "hf_finetuned/model.safetensors"]
+
+
+@fixtures
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_release_checkpoints_give_its_figures(name):
+    expected = torch.load(TINY / "expected.pt", weights_only=True)
+    encoder = eat.load_encoder(TINY / name)
+    classifier = finetune.load_classifier(TINY / name) if "finetuned" in name else None
+    for clip in expected.values():  # of the model's length, half of it, twice it
+        torch.testing.assert_close(encoder(clip["spectrogram"]), clip["tokens"], atol=1e-5, rtol=0)
+        if classifier:
+            torch.testing.assert_close(classifier(clip["spectrogram"]), clip["logits"], atol=1e-5, rtol=0)
+
+
+@fixtures
+def test_a_fairseq_file_brings_student_decoder_and_teacher(sounds, tmp_path):
+    model, fixture = eat.load_pretrained(TINY / "fairseq_pretrained.pt"), torch.load(TINY / "pretrain.pt", weights_only=True)
+    losses = model(fixture["spectrogram"], fixture["mask"])
+    assert losses["frame_loss"].item() == pytest.approx(fixture["frame_loss"], rel=1e-6)
+    views = fixture["mask"].shape[0] * fixture["mask"].shape[1]
+    assert losses["utterance_loss"].item() * views == pytest.approx(fixture["utterance_loss_summed_over_views"], rel=1e-6)
+    for name, p in model.named_parameters():
+        want = fixture["teacher" if name.startswith("teacher") else "student"][release_name(name)]
+        assert torch.equal(p, want), name
+    # Continued with a learning rate of 0, the student stays what it was and the teacher nears it.
+    run = [f"--data={sounds}", f"--out={tmp_path}", f"--init={TINY}/fairseq_pretrained.pt", "--steps=1", "--batch-size=4",
+           "--lr=0", "--device=cpu", "--workers=0"]
+    assert eat.main(run) == 0
+    after = eat.load_pretrained(tmp_path / "last.pt")
+    assert after.config.frames == 256 and after.config.clones == 4
+    torch.testing.assert_close(after.student.state_dict(), model.student.state_dict())
+    model.update_teacher(0.99999)
+    torch.testing.assert_close(after.teacher.state_dict(), model.teacher.state_dict())
+
+
+@fixtures
+@pytest.mark.parametrize("name", ["hf_pretrained", "hf_finetuned"])
+def test_a_hugging_face_folder_comes_out_as_it_went_in(name, tmp_path):
+    assert eat.main(["export", str(TINY / name), str(tmp_path / "out")]) == 0
+    ours, theirs = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (tmp_path / "out", TINY / name))
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], atol=1e-7, rtol=0)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", TINY / name)]
+    assert configs[0] == configs[1]
+
+
+def test_our_encoder_survives_export(whole_run, tmp_path):
+    assert eat.main(["export", str(whole_run / "last.pt"), str(tmp_path / "hf")]) == 0
+    ours, back = eat.load_encoder(whole_run / "last.pt"), eat.load_encoder(tmp_path / "hf")
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), back.state_dict().values()))
+    with pytest.raises(eat.UsageError, match="an encoder alone"):
+        eat.load_pretrained(tmp_path / "hf")
+    settings = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(settings | {"depth": 10**9}))
+    with pytest.raises(eat.UsageError, match="depth 1000000000 .tensors: 2."):
+        eat.load_encoder(tmp_path / "hf")
+    (tmp_path / "hf/config.json").unlink()  # sizes from the shapes alone; heads as in base, 64 channels each
+    assert (eat.load_encoder(tmp_path / "hf").config.dim, eat.load_encoder(tmp_path / "hf").config.depth) == (32, 2)
+
+
+def test_what_does_not_fit_is_named(whole_run, tmp_path):
+    state = torch.load(whole_run / "last.pt", weights_only=True)
+    state["model"]["student.extra"] = torch.zeros(1)
+    state["model"]["student.norm.weight"] = torch.zeros(5)
+    del state["model"]["student.cls"]
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(eat.UsageError, match=r"1 missing \(cls\); 1 unexpected \(extra\); 1 of another shape \(norm.weight \(5,\)"):
+        eat.load_encoder(tmp_path / "x.pt")
+
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Stranger:
+    pass
+
+
+def write_zip(path, pickled, storages={}):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
+        for name, content in storages.items():
+            archive.writestr(f"x/data/{name}", content)
+
+
+@pytest.mark.parametrize("kind", ["os.system", "eval", "getattr", "subprocess", "nested torch.load", "numpy load",
+                                  "reach beyond", "negative stride", "wrong storage", "huge storage"])
+def test_no_code_in_a_checkpoint_runs(kind, tmp_path, monkeypatch):
+    trace, path = tmp_path / "ran", tmp_path / "evil.pt"
+    nested = io.BytesIO()
+    torch.save(Calls(os.system, f"touch {trace}"), nested)
+    rebuild = torch._utils._rebuild_tensor_v2
+    evil = {
+        "os.system": Calls(os.system, f"touch {trace}"),
+        "eval": Calls(eval, f"open({str(trace)!r}, 'w')"),
+        "getattr": Calls(getattr, "x", "upper"),
+        "subprocess": Calls(subprocess.Popen, ["touch", str(trace)]),
+        "nested torch.load": Calls(torch.storage._load_from_bytes, nested.getvalue()),
+        "numpy load": Calls(np.load, str(trace)),
+        "reach beyond": Calls(rebuild, torch.zeros(4).storage(), 0, (5,), (1,), False, {}),
+        "negative stride": Calls(rebuild, torch.zeros(4).storage(), 3, (4,), (-1,), False, {}),
+        "wrong storage": Calls(rebuild, "no storage", 0, (4,), (1,), False, {}),
+        "huge storage": None,
+    }[kind]
+    if kind == "huge storage":  # claims more elements than its bytes hold
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, thing):
+                return ("storage", torch.FloatStorage, "0", "cpu", 10**12) if isinstance(thing, Stranger) else None
+
+        buffer = io.BytesIO()
+        Pickler(buffer, 2).dump({"cfg": None, "model": {"x": Stranger()}})
+        write_zip(path, buffer.getvalue(), {"0": b"\0" * 16})
+    else:
+        torch.save({"cfg": evil, "model": {"x": torch.zeros(2)}}, path)
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    with pytest.raises(eat.UsageError) as caught:
+        eat.load_encoder(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert not ran and not trace.exists()
+
+
+def test_unknown_classes_become_stand_ins_that_keep_their_fields(tmp_path):
+    stranger = Stranger()
+    stranger.rate, stranger.kind = 0.5, {"a": [1, 2]}
+    torch.save({"cfg": stranger, "x": torch.arange(6.0).view(2, 3).T, "half": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "x.pt")
+    found = eat.unpickle_inert(tmp_path / "x.pt")
+    assert type(found["cfg"]) is not Stranger and found["cfg"].fields == {"rate": 0.5, "kind": {"a": [1, 2]}}
+    assert torch.equal(found["x"], torch.arange(6.0).view(2, 3).T) and found["half"].dtype == torch.bfloat16
 
 
 def test_help_names_every_field(capsys):
@@ -934,6 +1084,14 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, whole_run, tmp_path
     assert finetune.main(["predict", str(esc), f"--checkpoint={out}/last.pt", "--top=1", "--device=cpu"]) == 0
     said = capsys.readouterr().out
     assert said.count("%  chainsaw") == said.count("%  rooster") == 4
+    (tmp_path / "labels.csv").write_text("index,mid,display_name\n1,/m/b,Saw\n0,/m/a,\"Bird, big\"\n")
+    for content in ((tmp_path / "labels.csv").read_text(), "Bird, big\nSaw\n"):
+        (tmp_path / "labels.csv").write_text(content)
+        assert finetune.main(["predict", clip, f"--checkpoint={out}/last.pt", f"--labels={tmp_path}/labels.csv"]) == 0
+        said = capsys.readouterr().out
+        assert "%  Saw" in said and "%  Bird, big" in said
+    (tmp_path / "labels.csv").write_text("Saw")
+    assert finetune.main(["predict", clip, f"--checkpoint={out}/last.pt", f"--labels={tmp_path}/labels.csv"]) == 2
     model = finetune.load_classifier(out / "last.pt")
     torch.testing.assert_close(eat.load_encoder(out / "last.pt").state_dict(), model.encoder.state_dict())
 
