@@ -358,8 +358,12 @@ class Labelled:
         return targets
 
     def __str__(self):
-        sizes = "; ".join(f"{name}: {len(train)} to train, {len(test)} to test" for name, (train, test) in self.folds.items())
-        return f"{self.kind}: {len(self.clips)} clips, {len(self.classes)} classes; {sizes}"
+        sizes = [f"{len(train)} clips to train and {len(test)} to test on" for train, test in self.folds.values()]
+        if len(set(sizes)) > 1 or len(sizes) == 1:
+            sizes = [f"{name}: {size}" for name, size in zip(self.folds, sizes)]
+        else:
+            sizes = [f"{len(sizes)} folds, each {sizes[0]}"]
+        return f"{self.kind}: {len(self.clips)} clips, {len(self.classes)} classes; {'; '.join(sizes)}"
 
 
 def open_labelled(path, frames, esc10=False, seed=0):
@@ -379,7 +383,7 @@ def open_labelled(path, frames, esc10=False, seed=0):
     ):
         if all(os.path.exists(os.path.join(path, sign)) for sign in signs):
             break
-    kind, rows, classes, folds, *weights = opener(path, esc10) if opener is _esc else opener(path, seed)
+    kind, rows, classes, folds, *weights = opener(path, esc10, seed)
 
     missing = {name for name, _, _ in rows if not os.path.isfile(name)}
     notes = [f"{len(missing)} labels have no clip and are left out: {describe_few(sorted(missing))}"] if missing else []
@@ -388,6 +392,11 @@ def open_labelled(path, frames, esc10=False, seed=0):
         notes.append(f"{len(stray)} clips have no label and are left out: {describe_few(sorted(stray))}")
     keep = [k for k, (name, _, _) in enumerate(rows) if name not in missing]
     places = np.array([rows[k][2] for k in keep])
+    absent = sorted({1, 2, 3, 4, 5} - set(places.tolist())) if kind.startswith("ESC") else []
+    if absent:
+        notes.append(f"no clips of fold {', '.join(map(str, absent))}: the result is not that of five folds")
+    if not folds:
+        raise AudioError(path, f"{kind} with one fold: nothing to test on")
     numbers = {}
     for fold, (train, test) in folds.items():
         numbers[fold] = tuple(torch.from_numpy(np.flatnonzero(np.isin(places, list(place)))) for place in (train, test))
@@ -400,7 +409,7 @@ def open_labelled(path, frames, esc10=False, seed=0):
 # Each opener -> kind, rows of (path, class numbers, place), class names, {fold: (places to train on, to test on)}.
 
 
-def _esc(path, esc10):
+def _esc(path, esc10, _):
     """ESC-50's folder; `meta/esc50.csv` says which clips there are, and which of them are ESC-10."""
     with open(os.path.join(path, "meta", "esc50.csv"), newline="") as file:
         table = list(csv.DictReader(file))
@@ -414,7 +423,7 @@ def _esc(path, esc10):
     return "ESC-10" if esc10 or only_esc10 else "ESC-50", rows, list(names.values()), folds
 
 
-def _speech_commands(path, _):
+def _speech_commands(path, *_):
     """Speech Commands: a folder a word, and the two lists; what is on neither is for training."""
     place = {}
     for name in ("validation", "testing"):
@@ -427,7 +436,7 @@ def _speech_commands(path, _):
     return "Speech Commands", rows, classes, {"test list": (["training"], ["testing"])}
 
 
-def _manifests(path, _):
+def _manifests(path, *_):
     """The release's manifests: {train,eval}.tsv and .lbl, label_descriptors.csv and, where there is one, the sampling
     weight of each training clip."""
     with open(os.path.join(path, "label_descriptors.csv"), newline="") as file:
@@ -455,7 +464,7 @@ def _manifests(path, _):
     return "AudioSet manifests", rows, classes, {"eval": (["train"], ["eval"])}, weights
 
 
-def _class_folders(path, seed):
+def _class_folders(path, _, seed):
     """A folder a class, perhaps within train/ and test/ (or val/); else a stratified fifth is kept to test on."""
     parts = [part for part in ("train", "val", "test") if os.path.isdir(os.path.join(path, part))]
     if "train" in parts and len(parts) > 1:

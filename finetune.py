@@ -473,21 +473,34 @@ def windows(path, frames):
 
 @torch.no_grad()
 def run_windows(model, config, paths, machine, batch_size=32):
-    """Yields (path, model's output for each of its windows, lengths) of the files that can be read; says which cannot."""
+    """Yields (path, model's output for each of its windows, their lengths) of the files that can be read, working in
+    batches across files; says which cannot be read."""
     model.eval().to(machine.device)
-    skipped = {}
-    for path in tqdm(paths, "files", disable=None):
-        try:
-            waveforms, lengths = windows(path, config.frames)
-        except AudioError as error:
-            skipped[error.path] = error.reason
-            continue
-        outputs = []
-        for waves, counts in zip(waveforms.split(batch_size), lengths.split(batch_size)):
-            x = spectrogram(waves.to(machine.device), counts.to(machine.device), config.frames, config.mean, config.std)
-            with machine.arithmetic():
-                outputs.append(model(x).float().cpu())
-        yield path, torch.cat(outputs), lengths
+    waiting, ready, skipped = collections.deque(), [], {}  # files whose windows are not all through, outputs so far
+
+    def run(batch):
+        waveforms, lengths = (torch.stack(part).to(machine.device) for part in zip(*batch))
+        with machine.arithmetic():
+            x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
+            ready.extend(model(x).float().cpu())
+
+    batch = []
+    for path in tqdm([*paths, None], "files", disable=None):
+        if path is not None:
+            try:
+                waveforms, lengths = windows(path, config.frames)
+            except AudioError as error:
+                skipped[error.path] = error.reason
+                continue
+            waiting.append((path, lengths))
+            batch += zip(waveforms, lengths)
+        while len(batch) >= batch_size or batch and path is None:
+            run(batch[:batch_size])
+            del batch[:batch_size]
+        while waiting and len(ready) >= len(waiting[0][1]):
+            name, lengths = waiting.popleft()
+            yield name, torch.stack(ready[: len(lengths)]), lengths
+            del ready[: len(lengths)]
     if skipped:
         print(f"skipped {len(skipped)}: {describe_skipped(skipped)}", file=sys.stderr)
 
