@@ -18,6 +18,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import difflib
 import io
 import json
 import math
@@ -1107,6 +1108,20 @@ def unpickle_inert(path):
 MAY_CHANGE = {"data", "out", "resume", "accumulate", "workers", "device", "compile", "log_every", "save_every"}
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags in full, and one line for a wrong one, with the nearest right one."""
+
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
+    def error(self, message):
+        for word in message.split():
+            near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1) if word.startswith("--") else []
+            if near and near[0] != word.rstrip(":"):
+                message += f"; did you mean {near[0]}?"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def add_flags(parser, *kinds):
     """A flag for every field of some dataclasses; the parsed result holds only those that were given."""
     for kind in kinds:
@@ -1232,14 +1247,13 @@ def guarded(program, job, given):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="eat.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Pre-train an EAT on a folder of sound.",
+    parser = Parser(
+        prog="eat.py", description="Pre-train an EAT on a folder of sound.",
         epilog="examples:\n  python eat.py --data demo\n  python eat.py --data path/to/sound --preset tiny\n"
                "  python eat.py export out/last.pt FOLDER      as config.json and model.safetensors")
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["export"]:
-        parser = argparse.ArgumentParser(prog="eat.py export", description=export.__doc__)
+        parser = Parser(prog="eat.py export", description=export.__doc__)
         parser.add_argument("checkpoint", help="ours, or the release's")
         parser.add_argument("folder", help="where to write it")
         return guarded("eat.py", lambda args: print(export(args.checkpoint, args.folder)) or 0, parser.parse_args(argv[1:]))

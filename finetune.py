@@ -8,7 +8,6 @@
 The recipes are the release's. Without --checkpoint the encoder starts from random weights: the baseline.
 """
 
-import argparse
 import collections
 import csv
 import dataclasses
@@ -36,11 +35,12 @@ from eat import MEL_BINS, PATCH, EATConfig, Encoder, UsageError, option
 
 
 class Classifier(nn.Module):
-    """An encoder with a head on its CLS token: (B, 1, T, 128) -> logits (B, classes). `classes`: their names."""
+    """An encoder with a head on its CLS token: (B, 1, T, 128) -> logits (B, classes). `classes`: names, or how many."""
 
     def __init__(self, encoder, classes, drop_path=0.0):
         super().__init__()
-        self.encoder, self.classes = encoder, list(classes)
+        self.encoder = encoder
+        self.classes = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
         self.fc_norm = nn.LayerNorm(encoder.config.dim, eps=1e-6)
         self.head = nn.Linear(encoder.config.dim, len(self.classes))
         nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -660,10 +660,9 @@ def train_or_probe(given):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="finetune.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser = eat.Parser(prog="finetune.py", description=__doc__)
     if argv[:1] in (["predict"], ["embed"]):
-        parser = argparse.ArgumentParser(prog=f"finetune.py {argv[0]}", allow_abbrev=False, description=globals()[argv[0]].__doc__)
+        parser = eat.Parser(prog=f"finetune.py {argv[0]}", description=globals()[argv[0]].__doc__)
         if argv[0] == "predict":
             parser.add_argument("clips", nargs="+", help="sound files, folders or lists")
             parser.add_argument("--top", type=int, default=5, help="labels a file [5]")

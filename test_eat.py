@@ -516,6 +516,14 @@ def test_bad_input_gets_one_line_and_status_2(wrong, says, sounds, whole_run, tm
     assert len(lines) == 1 and says in lines[0]
 
 
+@pytest.mark.parametrize("main", [eat.main, finetune.main])
+def test_a_misspelt_flag_is_answered_with_the_nearest(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--data=demo", "--stepz=3"])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in said and "did you mean --steps?" in said
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     whole = io.BytesIO()
     torch.save({"config": {}, "model": {"x": torch.zeros(1000)}}, whole)
