@@ -879,7 +879,6 @@ def outputs(model, config, clips, numbers, machine, batch_size=32):
     clips.replace = False
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(batch_size)]
     loader = DataLoader(clips, batch_sampler=chunks, num_workers=machine.workers, collate_fn=lambda batch: batch)
-    model.eval()
     for waveforms, lengths, used, skipped in tqdm(loader, "clips", disable=None, leave=False):
         clips.skipped |= skipped
         if len(used):
@@ -891,7 +890,7 @@ def outputs(model, config, clips, numbers, machine, batch_size=32):
 def features(encoder, config, clips, numbers, machine):
     """Frozen features of some clips -> {"CLS": (n, D), "mean of patches": (n, D)} and their numbers, on the CPU."""
     rows = [(x[:, 0].float().cpu(), x[:, 1:].float().mean(1).cpu(), used)
-            for x, used in outputs(encoder, config, clips, numbers, machine)]
+            for x, used in outputs(encoder.eval(), config, clips, numbers, machine)]
     cls, mean, used = map(torch.cat, zip(*rows))
     return {"CLS": cls, "mean of patches": mean}, used
 

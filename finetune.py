@@ -339,6 +339,7 @@ def fine_tune(data, encoder, config, recipe, machine, resumed):
 
         if not fit(model, data, fold, config, recipe, machine, stop, save, resumed):
             return stop.agreed
+        model.eval()
         scores, used = zip(*((x.float().cpu(), used) for x, used in eat.outputs(model, config, data.clips, test, machine)))
         done[fold] = evaluate(torch.cat(scores), data.targets(torch.cat(used).tolist()), data.classes, data.multi_label)
         say_fold(fold, done[fold])
@@ -375,23 +376,23 @@ def linear_scores(bank, targets, queries, l2, multi_label):
 
 
 def mel_statistics(data, config, machine):
-    """What no network gives: mean and standard deviation over time of each mel band -> (n, 256) and the clips' numbers."""
-    def statistics(x):  # (B, 1, T, 128); padding repeats one value, so it is told by its lack of change
-        x = x[:, 0]
-        sound = (x != -config.mean / (2 * config.std)).any(2, keepdim=True)
-        count = sound.sum(1).clamp(min=1)
-        mean = (x * sound).sum(1) / count
-        return torch.cat([mean, (((x - mean[:, None]) ** 2 * sound).sum(1) / count).sqrt()], dim=1)
+    """What no network gives: mean and standard deviation over time of each mel band -> (n, 256). Padding does not count."""
+    padding = (torch.zeros(1, device=machine.device) - config.mean) / (2 * config.std)  # as `spectrogram` computes it
 
-    statistics.eval = lambda: None
-    rows = [(x.float().cpu(), used) for x, used in eat.outputs(statistics, config, data.clips, range(len(data.clips)), machine)]
-    return tuple(map(torch.cat, zip(*rows)))
+    def statistics(x):  # (B, 1, T, 128)
+        x = x[:, 0]
+        sound = (x != padding).any(2, keepdim=True)
+        count = sound.sum(1)
+        mean = (x * sound).sum(1) / count
+        return torch.cat([mean, ((x - mean[:, None]).square() * sound).sum(1).div(count).sqrt()], dim=1)
+
+    return torch.cat([x.float().cpu() for x, _ in eat.outputs(statistics, config, data.clips, range(len(data.clips)), machine)])
 
 
 def probe(data, encoder, config, recipe, machine):
     """Frozen features of all clips once, then every fold -> {kind of features: {fold: its results}}."""
     kinds, used = eat.features(encoder().to(machine.device), config, data.clips, range(len(data.clips)), machine)
-    kinds["no network"] = mel_statistics(data, config, machine)[0]
+    kinds["no network"] = mel_statistics(data, config, machine)
     targets, results = data.targets(used.tolist()), {}
     for kind, x in kinds.items():
         results[kind] = {}

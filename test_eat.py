@@ -1059,12 +1059,20 @@ def test_linear_probe_reaches_the_optimum():
     torch.testing.assert_close(residual.sum(0), torch.zeros(3).double(), atol=1e-3, rtol=0)
 
 
-FINE = ["--steps=2", "--batch-size=4", "--device=cpu", "--workers=0", "--log-every=1"]
-
-
 @pytest.fixture(scope="module")
 def esc(tmp_path_factory):
     return make_esc(tmp_path_factory.mktemp("labelled") / "esc")
+
+
+def test_mel_statistics_leave_the_padding_out(esc):
+    short = data.open_labelled(str(esc), 128)  # 0.7 s in clips of 1.28 s
+    machine = eat.Machine(FineTune(device="cpu", workers=0))
+    found = finetune.mel_statistics(short, EATConfig(**{**SMALL, "frames": 128}), machine)
+    x = (fbank(short.clips.usable(3)[None])[0] + 4.268) / (2 * 4.569)
+    torch.testing.assert_close(found[3], torch.cat([x.mean(0), x.std(0, unbiased=False)]), atol=1e-4, rtol=1e-4)
+
+
+FINE = ["--steps=2", "--batch-size=4", "--device=cpu", "--workers=0", "--log-every=1"]
 
 
 def fine(dataset, out, *more):
