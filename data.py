@@ -349,6 +349,7 @@ class Labelled:
 
     def __post_init__(self):
         self.multi_label = any(len(labels) != 1 for labels in self.labels)
+        self.clips.replace = False  # never by a clip of another label, or of the test fold
 
     def targets(self, numbers):
         """-> (clips, classes), 1 where a clip has a class."""

@@ -288,6 +288,8 @@ def fit(model, data, fold, config, recipe, machine, stop, save, resumed=None):
         for _ in range(recipe.accumulate):
             waveforms, lengths, numbers, skipped = next(batches)
             data.clips.skipped |= skipped
+            if not len(numbers):
+                raise AudioError(recipe.data, f"no clip of a batch can be read; {describe_skipped(skipped)}")
             waveforms, lengths = waveforms.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
             targets = data.targets(numbers.tolist()).to(device, non_blocking=True)
             x, targets = augmented(waveforms, lengths, targets, config, recipe, rng)
@@ -318,11 +320,15 @@ def fit(model, data, fold, config, recipe, machine, stop, save, resumed=None):
     return step == recipe.steps
 
 
+def chosen_folds(data, recipe):
+    return [fold for fold in data.folds if recipe.fold is None or fold == f"fold {recipe.fold}"]
+
+
 def fine_tune(data, encoder, config, recipe, machine, resumed):
     """Every fold: train, then test once -> {fold: its results}, or the number of the signal that stopped it."""
     done = resumed["done"] if resumed else {}
     stop = eat.StopSignal(machine)
-    for fold, (_, test) in data.folds.items():
+    for fold in chosen_folds(data, recipe):
         if fold in done:
             continue
         torch.manual_seed(recipe.seed)
@@ -340,7 +346,7 @@ def fine_tune(data, encoder, config, recipe, machine, resumed):
         if not fit(model, data, fold, config, recipe, machine, stop, save, resumed):
             return stop.agreed
         model.eval()
-        scores, used = zip(*((x.float().cpu(), used) for x, used in eat.outputs(model, config, data.clips, test, machine)))
+        scores, used = zip(*((x.float().cpu(), used) for x, used in eat.outputs(model, config, data.clips, data.folds[fold][1], machine)))
         done[fold] = evaluate(torch.cat(scores), data.targets(torch.cat(used).tolist()), data.classes, data.multi_label)
         say_fold(fold, done[fold])
         save(recipe.steps)
@@ -396,8 +402,8 @@ def probe(data, encoder, config, recipe, machine):
     targets, results = data.targets(used.tolist()), {}
     for kind, x in kinds.items():
         results[kind] = {}
-        for fold, (train, test) in data.folds.items():
-            train, test = torch.isin(used, train), torch.isin(used, test)
+        for fold in chosen_folds(data, recipe):
+            train, test = (torch.isin(used, numbers) for numbers in data.folds[fold])
             if recipe.mode == "knn":
                 scores = eat.nearest_neighbours(x[train], targets[train], x[test], recipe.neighbours)
             else:
@@ -616,7 +622,6 @@ def settle(given):
     if recipe.fold is not None:
         if f"fold {recipe.fold}" not in data.folds:
             raise UsageError(f"--fold {recipe.fold}: {recipe.data} has {', '.join(data.folds)}")
-        data.folds = {f"fold {recipe.fold}": data.folds[f"fold {recipe.fold}"]}
     if recipe.batch_size % recipe.accumulate:
         raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of --accumulate {recipe.accumulate}")
 

@@ -886,6 +886,14 @@ def test_labels_without_clips_and_clips_without_labels_are_named(tmp_path):
     assert "1 clips have no label" in esc.notes[1] and "stray.wav" in esc.notes[1]
 
 
+def test_a_broken_clip_is_never_replaced_by_one_of_another_fold(tmp_path):
+    esc = data.open_labelled(str(make_esc(tmp_path / "esc")), 64)
+    broken = esc.folds["fold 2"][0][-1].item()  # the last to train on, before the clips of the test fold
+    Path(esc.clips.name(broken)).write_text("no sound")
+    waveforms, _, numbers, skipped = esc.clips.__getitems__([broken - 1, broken])
+    assert numbers.tolist() == [broken - 1] and len(waveforms) == 1 and list(skipped) == [esc.clips.name(broken)]
+
+
 def test_speech_commands_has_its_lists(tmp_path):
     for word in ("bed", "cat", "_background_noise_"):
         (tmp_path / word).mkdir()
