@@ -48,7 +48,6 @@ class TrainingStopped(RuntimeError):
     """A run that has gone wrong: one line, exit status 1."""
 
 
-
 MEL_BINS = 128  # height of the spectrogram
 PATCH = 16  # a patch is 16 frames (0.16 s) x 16 mel bins; patches do not overlap
 TARGET_EPS = 1e-5  # of the parameter-free norms: targets and decoder
@@ -90,7 +89,8 @@ class EATConfig:
             (self.dim % self.heads, f"heads ({self.heads}) must divide dim ({self.dim})"),
             (self.dim % 4, f"dim ({self.dim}) must be a multiple of 4, for the 2-D positions"),
             (self.dim % self.decoder_groups, f"decoder_groups ({self.decoder_groups}) must divide dim ({self.dim})"),
-            (self.frames % PATCH or self.frames < PATCH, f"frames ({self.frames}) must be a multiple of {PATCH}"),
+            (self.frames % PATCH or not PATCH <= self.frames <= 2**17, f"frames ({self.frames}) must be a multiple of "
+             f"{PATCH}, at most {2**17}"),
             (self.mask_block % 2 == 0, f"mask_block ({self.mask_block}) must be odd"),
             (min(self.depth, self.clones) < 1, "depth and clones must be at least 1"),
             (not 0 < self.visible < self.patches, f"mask_ratio ({self.mask_ratio}) must leave some of the "
@@ -464,6 +464,7 @@ def check_sizes(state):
     wrong = [f"{name} {config[name]} (tensors: {value})" for name, value in sizes.items() if config[name] != value]
     if wrong:
         raise UsageError(f"config and tensors differ: {', '.join(wrong)}")
+    EATConfig(**config)  # refuses impossible ones
 
 
 def sizes_of(model):

@@ -600,6 +600,13 @@ def test_our_encoder_survives_export(whole_run, tmp_path):
     (tmp_path / "hf/config.json").write_text(json.dumps(settings | {"depth": 10**9}))
     with pytest.raises(eat.UsageError, match="depth 1000000000 .tensors: 2."):
         eat.load_encoder(tmp_path / "hf")
+    for absurd in ({"img_size": [16 * 10**9, 128]}, {"img_size": ["x", 128]}, {"num_heads": 10**9}, {"norm_eps": None}):
+        (tmp_path / "hf/config.json").write_text(json.dumps(settings | absurd))
+        if absurd == {"norm_eps": None}:
+            assert eat.load_encoder(tmp_path / "hf").config.norm_eps == 1e-6
+            continue
+        with pytest.raises(eat.UsageError, match="hf: "):
+            eat.load_encoder(tmp_path / "hf")
     (tmp_path / "hf/config.json").unlink()  # sizes from the shapes alone; heads as in base, 64 channels each
     assert (eat.load_encoder(tmp_path / "hf").config.dim, eat.load_encoder(tmp_path / "hf").config.depth) == (32, 2)
 
