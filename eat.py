@@ -541,7 +541,7 @@ class Recipe:
 
     data: str = option(None, "sound: a folder, a file, a list of files (one a line, or a release .tsv), or 'demo'")
     preset: str = option(None, "sizes and recipe; default demo for the demo, else base", choices=tuple(PRESETS))
-    out: str = option("out", "folder for checkpoints (last.pt, previous.pt) and log.jsonl")
+    out: str = option("out", "folder for checkpoints (last.pt, previous.pt) and log.jsonl; the demo's is out-demo")
     init: str = option(None, "start from the weights of a checkpoint, ours or the release's, teacher included")
     resume: bool = option(False, "go on with the run in --out, exactly where its last checkpoint stands")
     steps: int = option(400_000, "optimizer updates")
@@ -1148,8 +1148,8 @@ def keep_settings(given, settings, may_change, out):
 
 def settle(given):
     """Flags -> (EATConfig, Recipe, Clips, the checkpoint to go on from or None)."""
-    out = given.get("out", Recipe.out)
-    found = find_checkpoint(out)
+    given = {"out": "out-demo" if given.get("data") == "demo" else Recipe.out, **given}
+    out, found = given["out"], find_checkpoint(given["out"])
     if found and given.get("resume"):
         resumed = read_checkpoint(found)
         keep_settings(given, {**resumed["config"], **resumed["recipe"]}, MAY_CHANGE, out)

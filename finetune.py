@@ -76,7 +76,7 @@ class FineTune:
     checkpoint: str = option(None, "a pre-trained encoder; without, random weights")
     mode: str = option("finetune", "train everything, or test the frozen features", choices=("finetune", "linear", "knn"))
     recipe: str = option(None, "a data set's row of settings; default: that of --data", choices=("as2m", "as20k", "esc50", "spc2"))
-    out: str = option("out-finetune", "folder for results.json, confusion.png, last.pt")
+    out: str = option(None, "folder for results.json, confusion.png, last.pt [out-finetune, out-linear, out-knn]")
     resume: bool = option(False, "go on with the run in --out, exactly where its last checkpoint stands")
     esc10: bool = option(False, "of ESC-50, the ten classes of ESC-10")
     fold: int = option(None, "of ESC-50, one fold instead of all five")
@@ -591,7 +591,8 @@ MAY_CHANGE = {"data", "checkpoint", "out", "resume", "workers", "device", "compi
 
 def settle(given):
     """Flags -> (FineTune, EATConfig, Labelled, a function that makes the encoder, the checkpoint to go on from or None)."""
-    out = given.get("out", FineTune.out)
+    given = {"out": f"out-{given.get('mode', FineTune.mode)}", **given}
+    out = given["out"]
     found, resumed = eat.find_checkpoint(out), None
     if found and given.get("resume"):
         resumed = eat.read_checkpoint(found)
