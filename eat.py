@@ -981,8 +981,13 @@ def read_hugging_face(path):
         with open(settings) as text:
             config = json.load(text)
     names = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio", "norm_eps": "norm_eps"}
+    names |= {"norm_mean": "mean", "norm_std": "std"}  # ours: the release's files leave them to their reader
     found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
-    return translate(load_file(file), {}, found | {"frames": config.get("img_size", [None])[0]})
+    state = translate(load_file(file), {}, found | {"frames": config.get("img_size", [None])[0]})
+    if "classes" in state and "id2label" in config:
+        state["classes"] = [config["id2label"][k] for k in state["classes"]]
+        state["multi_label"] = config.get("problem_type") == "multi_label_classification"
+    return state
 
 
 def export(source, folder):
@@ -999,6 +1004,12 @@ def export(source, folder):
         tensors["model." + name] = tensor.contiguous()
     tensors["model." + POSITIONS[0]] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]  # as the release: 2 minutes
     tensors |= {f"model.{name}": tensor.contiguous() for name, tensor in state["model"].items() if name.startswith(("fc_norm.", "head."))}
+    more = {}  # what the release's files do not say, and its own checkpoints need not
+    if (config.mean, config.std) != (EATConfig.mean, EATConfig.std):
+        more |= {"norm_mean": config.mean, "norm_std": config.std}
+    if "classes" in state and state["classes"] != [str(k) for k in range(len(state["classes"]))]:
+        kind = "multi_label_classification" if state["multi_label"] else "single_label_classification"
+        more |= {"id2label": dict(enumerate(state["classes"])), "problem_type": kind}
     make_folder(folder)
     save_file(tensors, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(folder, "config.json"), "w") as file:
@@ -1010,7 +1021,7 @@ def export(source, folder):
             "layer_norm_first": False, "norm_eps": config.norm_eps, "norm_affine": True, "fixed_positions": True,
             "img_size": [config.frames, MEL_BINS], "torch_dtype": "float32",
             "model_variant": "finetune" if "classes" in state else "pretrain",
-            "num_classes": len(state["classes"]) if "classes" in state else 527,
+            "num_classes": len(state["classes"]) if "classes" in state else 527, **more,
         }, file, indent=1)
     return folder
 

@@ -1129,6 +1129,10 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, whole_run, tmp_path
     (tmp_path / "labels.csv").write_text("Saw")
     assert finetune.main(["predict", clip, f"--checkpoint={out}/last.pt", f"--labels={tmp_path}/labels.csv"]) == 2
     model = finetune.load_classifier(out / "last.pt")
+    assert eat.main(["export", str(out / "last.pt"), str(tmp_path / "hf")]) == 0
+    back = finetune.load_classifier(tmp_path / "hf")
+    assert (back.classes, back.multi_label, back.encoder.config.mean) == (["rooster", "chainsaw"], False, -6.627)
+    torch.testing.assert_close(back(torch.ones(1, 1, 64, 128)), model(torch.ones(1, 1, 64, 128)))
     torch.testing.assert_close(eat.load_encoder(out / "last.pt").state_dict(), model.encoder.state_dict())
 
 
