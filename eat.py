@@ -15,7 +15,6 @@ Letters in the shape comments:
 
 import argparse
 import collections
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -1193,8 +1192,8 @@ def pretrain(given):
     machine = Machine(recipe)
     parts = recipe.accumulate * machine.world
     if recipe.batch_size % parts or recipe.batch_size > len(clips):
-        raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of {parts} (parts x processes) and no "
-                         f"more than the {len(clips)} clips of {recipe.data}")
+        raise UsageError(f"--batch-size {recipe.batch_size}: must be at most the {len(clips)} clips of {recipe.data}"
+                         + f", and a multiple of {parts} (parts x processes)" * (parts > 1))
     make_folder(recipe.out)
     machine.say(describe(config, recipe, clips, machine, resumed))
     model, start, stopped = train(config, recipe, clips, machine, resumed)

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import eat
-from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, AudioError, Labelled, clip_samples, describe_few, describe_skipped,
-                  fbank, find_audio, load_audio, open_labelled, spectrogram)
+from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, AudioError, clip_samples, describe_few, describe_skipped,
+                  find_audio, load_audio, open_labelled, spectrogram)
 from eat import MEL_BINS, PATCH, EATConfig, Encoder, UsageError, option
 
 # ---------------------------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def read_labels(path, count):
 def embed(args):
     """Features of every file into an .npz: CLS and mean of patches, a row a file; with --frames a row every 0.16 s."""
     encoder = eat.load_encoder(args.checkpoint)
-    paths, rows, columns = [], [], collections.defaultdict(list)
+    paths, columns = [], collections.defaultdict(list)
     for path, tokens, lengths in run_windows(encoder, encoder.config, found_audio(args.path), eat.Machine(args)):
         # A window holds as many time steps of 16 frames as its sound reaches into.
         steps = ((lengths - WINDOW) // SHIFT).div(PATCH, rounding_mode="floor") + 1
