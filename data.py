@@ -1,6 +1,8 @@
 """Sound in, spectrograms out.
 
     python data.py show CLIP --out clip.png     a clip as EAT sees it: waveform, spectrogram, patches, masks
+    python data.py pack PATH OUT                a folder's sound decoded once, for every run after: --data OUT
+    python data.py bench PATH                   how many clips a second a core reads
 
 `load_audio` reads any file that soundfile reads; `fbank` is Kaldi's log-mel filterbank for a batch;
 `open_clips` turns a path into a data set of clips of equal length, and `spectrogram` those clips into what
@@ -12,9 +14,12 @@ import concurrent.futures
 import csv
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import os
 import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -22,7 +27,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import torchaudio
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 SAMPLE_RATE = 16000
@@ -42,7 +47,12 @@ class AudioError(ValueError):
         self.path, self.reason = str(path), reason
 
     def __str__(self):
-        return f"{self.path}: {self.reason}"
+        return f"{printable(self.path)}: {self.reason}"
+
+
+def printable(name):
+    """A file's name in one line that any terminal takes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -56,9 +66,15 @@ def load_audio(path):
 
 
 def _read(path, start=0.0, seconds=math.inf):
-    """The same for `seconds` seconds from second `start`, found by seeking: costs that part's memory only."""
+    """The same for `seconds` seconds from second `start`."""
+    waveform, rate = _decode(path, start, seconds)
+    return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
+
+
+def _decode(path, start, seconds):
+    """That part, mono, found by seeking, so that it costs no more memory than it has samples -> waveform, its rate."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(_any_name(path)) as file:
             rate = file.samplerate
             if rate < 1000:
                 raise AudioError(path, f"sample rate {rate} Hz, expected at least 1000 Hz")
@@ -80,7 +96,12 @@ def _read(path, start=0.0, seconds=math.inf):
     waveform = torch.from_numpy(np.concatenate(blocks))
     if not waveform.isfinite().all():
         raise AudioError(path, "holds samples that are not finite numbers")
-    return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
+    return waveform, rate
+
+
+def _any_name(path):
+    """As bytes, which need not be UTF-8, where the system's names are bytes."""
+    return path if os.name == "nt" else os.fsencode(path)
 
 
 def _short(error):
@@ -109,13 +130,19 @@ def _mel_banks(device):
     return F.pad(banks, (0, 1)).T.to(device)  # (257, 128); the Nyquist bin belongs to no band
 
 
+def as_float(waveforms):
+    """int16 samples are packed ones, in units of 1 / 32768."""
+    return waveforms / 32768 if waveforms.dtype == torch.int16 else waveforms
+
+
 def fbank(waveforms):
-    """(B, samples) at 16 kHz -> (B, frames, 128) log-mel energies, on the waveforms' device.
+    """(B, samples) at 16 kHz, float or int16 -> (B, frames, 128) log-mel energies, on the waveforms' device.
 
     Equals torchaudio.compliance.kaldi.fbank(htk_compat=True, sample_frequency=16000, use_energy=False,
-    window_type="hanning", num_mel_bins=128, dither=0, frame_shift=10) of each row, whole windows only.
+    window_type="hanning", num_mel_bins=128, dither=0, frame_shift=10) of each row, whole windows only. The release takes
+    a clip's mean off first; as each window's own comes off here, that changes nothing.
     """
-    x = waveforms.unfold(1, WINDOW, SHIFT)  # (B, frames, 400)
+    x = as_float(waveforms).unfold(1, WINDOW, SHIFT)  # (B, frames, 400)
     x = x - x.mean(dim=2, keepdim=True)
     previous = torch.cat([x[..., :1], x[..., :-1]], dim=2)
     x = (x - 0.97 * previous) * torch.hann_window(WINDOW, periodic=False, device=x.device)  # pre-emphasis, window
@@ -162,7 +189,9 @@ def measure_stats(clips, most=1000):
 
 
 class Clips(Dataset):
-    """Clips of one length, by number. Children say how many there are and `read` one: 1-D float32, 16 kHz."""
+    """Clips of one length, by number. Children say how many there are and `read` one: 1-D float32 or int16, 16 kHz."""
+
+    packed = False  # whether reading is no more than copying
 
     def __init__(self, frames):
         self.samples = clip_samples(frames)
@@ -170,9 +199,9 @@ class Clips(Dataset):
         self.skipped = {}  # what was left out so far: path -> reason
 
     def __getitems__(self, numbers):
-        """What the DataLoader calls for a batch -> waveforms (B, samples) zero-padded at the end, lengths (B,), the
-        numbers (B,) of the clips, and what could not be used, path -> reason. The next usable clip takes the
-        place of one that is not; without `replace`, or where none is left, the batch is the smaller."""
+        """What the DataLoader calls for a batch -> waveforms (B, samples) zero-padded at the end, int16 if all are;
+        lengths (B,), the numbers (B,) of the clips, and what could not be used, path -> reason. The next usable clip takes
+        the place of one that is not; without `replace`, or where none is left, the batch is the smaller."""
         rows, skipped = [], {}
         for number in numbers:
             for candidate in range(number, number + (len(self) if self.replace else 1)):
@@ -181,21 +210,31 @@ class Clips(Dataset):
                     break
                 except AudioError as error:
                     skipped[error.path] = error.reason
-        waveforms = torch.zeros(len(rows), self.samples)
+        packed = all(waveform.dtype == torch.int16 for waveform, _ in rows)
+        waveforms = torch.zeros(len(rows), self.samples, dtype=torch.int16 if packed else torch.float32)
         for row, (waveform, _) in zip(waveforms, rows):
-            row[: len(waveform)] = waveform
+            row[: len(waveform)] = waveform if packed else as_float(waveform)
         lengths = torch.tensor([len(waveform) for waveform, _ in rows])
         return waveforms, lengths, torch.tensor([number for _, number in rows]), skipped
 
     def usable(self, number):
-        """Clip `number`, its mean taken off. Raises AudioError where there is nothing in it to learn from."""
+        """Clip `number`. Raises AudioError where there is nothing in it to learn from."""
         waveform = self.read(number)[: self.samples]
-        waveform = waveform - waveform.mean()
         if len(waveform) < WINDOW:
             raise AudioError(self.name(number), "shorter than a window of 25 ms")
-        if self.replace and waveform.abs().max() < 1e-5:
+        low, high = waveform.aminmax()
+        if self.replace and high.item() - low.item() < 2e-5:
             raise AudioError(self.name(number), "silent")
         return waveform
+
+
+def cut(lengths, size):
+    """Files of some lengths cut into pieces of `size`, the last piece of a file ending with it, the only one of a file
+    that is shorter -> for each piece the number of its file, and where in it it starts."""
+    pieces = np.ceil(lengths / size).astype(np.int64)
+    file = np.repeat(np.arange(len(lengths), dtype=np.int32), pieces)
+    start = (np.arange(len(file)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
+    return file, np.minimum(start, np.maximum(lengths - size, 0)[file])
 
 
 class AudioFiles(Clips):
@@ -207,25 +246,22 @@ class AudioFiles(Clips):
         if not whole:
             self.paths, self.file, self.start = paths, np.arange(len(paths)), np.zeros(len(paths))
             return
-        seconds = self.samples / SAMPLE_RATE
-        file, start, self.paths = [], [], []
+        lengths, self.paths = [], []
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             bar = tqdm(pool.map(self._seconds, paths), "reading headers", len(paths), disable=None, leave=False)
             for path, length in zip(paths, bar):
                 if isinstance(length, str):
                     self.skipped[path] = length
                     continue
-                for k in range(max(1, math.ceil(length / seconds))):
-                    file.append(len(self.paths))
-                    start.append(max(0.0, min(k * seconds, length - seconds)))
+                lengths.append(length)
                 self.paths.append(path)
-        self.file, self.start = np.array(file, dtype=np.int32), np.array(start)
+        self.file, self.start = cut(np.array(lengths), self.samples / SAMPLE_RATE)
 
     @staticmethod
     def _seconds(path):
         """Length from the header, or the reason why there is none."""
         try:
-            info = soundfile.info(path)
+            info = soundfile.info(_any_name(path))
         except Exception as error:  # whatever is wrong with the file, it is this file's problem alone
             return f"cannot be read as sound ({_short(error)})"
         return info.frames / info.samplerate if info.frames > 0 else "holds no samples"
@@ -260,22 +296,181 @@ def find_audio(path):
 
 
 def open_clips(path, frames, seed=0):
-    """`path` ("demo", or as in `find_audio`) -> Clips of `frames` frames. Raises AudioError where there are none."""
+    """`path` ("demo", a pack, or as in `find_audio`) -> Clips of `frames` frames. Raises AudioError where there are none."""
     if path == "demo":
         return Demo(frames, seed)
-    if not os.path.exists(path):
-        raise AudioError(path, "no such file or folder; expected a folder, a sound file, a list of files or 'demo'")
-    paths = find_audio(path)
-    if not paths:
-        raise AudioError(path, f"no sound in it; looked for files ending in {' '.join(AUDIO_ENDINGS)}")
-    clips = AudioFiles(paths, frames)
+    clips = PackedClips(Pack(path), frames) if is_pack(path) else AudioFiles(existing_audio(path), frames)
     if not len(clips):
-        raise AudioError(path, f"none of the {len(paths)} files can be used; {describe_skipped(clips.skipped)}")
+        raise AudioError(path, f"none of its files can be used; {describe_skipped(clips.skipped)}")
     return clips
 
 
+def existing_audio(path):
+    """As find_audio, but a path that leads to no sound is an error."""
+    if not os.path.exists(path):
+        raise AudioError(path, "no such file or folder; expected a folder, a sound file, a list of files, a pack, or 'demo'")
+    paths = find_audio(path)
+    if not paths:
+        raise AudioError(path, f"no sound in it; looked for files ending in {' '.join(AUDIO_ENDINGS)}")
+    return paths
+
+
 def describe_skipped(skipped):
-    return describe_few([f"{path} ({reason})" for path, reason in skipped.items()])
+    return describe_few([f"{printable(path)} ({reason})" for path, reason in skipped.items()])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Packed sound: decoded and resampled once
+# ---------------------------------------------------------------------------------------------------------
+# A pack is a folder. `samples` holds the samples of all files, 16 kHz mono int16, end to end; `names` their names,
+# likewise; `index` a row for each file: where its samples and its name end, and the float value of a sample of 1. A file
+# that cannot be read has no samples, and its reason is in `skipped.jsonl`. `pack.json` says what was packed.
+
+PACK_BATCH = 16  # files that a process decodes before they are written
+INDEX_ROW = np.dtype([("samples", "<i8"), ("name", "<i8"), ("unit", "<f8")])
+
+
+def is_pack(path):
+    return os.path.exists(os.path.join(path, "pack.json"))
+
+
+def pack(source, out, workers):
+    """Decode all sound in `source` (as in `find_audio`) into the folder `out`, in several processes. Run again, it goes on
+    where it stopped. Nothing is lost but what 16 bits at 16 kHz cannot hold: a file whose peak is over 1 is scaled down,
+    and its unit says by how much."""
+    lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]  # manifests may list sound that lies elsewhere
+    paths = sum(map(find_audio, lists), []) if all(map(os.path.exists, lists)) else existing_audio(source)
+    root = os.path.abspath(source if os.path.isdir(source) else os.path.dirname(source))
+    names = [os.fsencode(os.path.relpath(path, root)) for path in paths]
+    about = {"format": 1, "source": os.path.abspath(source), "root": root, "files": len(paths),
+             "digest": hashlib.sha256(b"\0".join(names)).hexdigest()}
+    head = os.path.join(out, "pack.json")
+    os.makedirs(out, exist_ok=True)
+    if is_pack(out):
+        with open(head) as file:
+            if json.load(file) != about:
+                raise AudioError(out, f"holds a pack of other files than {source} has now; choose another folder")
+    else:
+        if os.listdir(out):
+            raise AudioError(out, "not empty; choose another folder")
+        with open(head, "w") as file:
+            json.dump(about, file)
+
+    samples, name, index, skipped = (open(os.path.join(out, part), "ab") for part in ("samples", "names", "index", "skipped.jsonl"))
+    with samples, name, index, skipped:
+        done = index.tell() // INDEX_ROW.itemsize  # after a kill the other files may be longer than the index says
+        index.truncate(done * INDEX_ROW.itemsize)
+        last = np.fromfile(index.name, INDEX_ROW)[-1:]
+        ends = [int(last[part][0]) if done else 0 for part in ("samples", "name")]
+        samples.truncate(2 * ends[0])
+        name.truncate(ends[1])
+        loader = DataLoader(_Decoded(paths[done:]), batch_size=PACK_BATCH, num_workers=workers, collate_fn=lambda batch: batch)
+        bar = tqdm(total=len(paths), initial=done, desc="packing", unit="file", disable=None)
+        for batch in loader:
+            rows = np.zeros(len(batch), INDEX_ROW)
+            for row, (sound, unit, reason) in zip(rows, batch):
+                if reason:
+                    skipped.write(json.dumps([paths[done], reason]).encode() + b"\n")
+                samples.write(sound.numpy().tobytes())
+                name.write(names[done])
+                ends = [ends[0] + len(sound), ends[1] + len(names[done])]
+                row["samples"], row["name"], row["unit"] = *ends, unit
+                done += 1
+            for file in (samples, name, skipped):  # the index last: what it lists is on the disk
+                file.flush()
+                os.fsync(file.fileno())
+            index.write(rows.tobytes())
+            index.flush()
+            bar.update(len(batch))
+        bar.close()
+    packed = Pack(out)
+    print(f"{out}: {len(paths):,} files, {packed.ends[-1] / SAMPLE_RATE / 3600:.2f} hours, "
+          f"{os.path.getsize(samples.name) / 2**30:.2f} GiB")
+    if packed.skipped:
+        print(f"skipped {len(packed.skipped)}: {describe_skipped(packed.skipped)}")
+
+
+class _Decoded(Dataset):
+    """Files as they go into a pack: int16 samples, their unit, and the reason where there are none."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        try:
+            waveform = load_audio(self.paths[number])
+        except AudioError as error:
+            return torch.zeros(0, dtype=torch.int16), 1 / 32768, error.reason
+        unit = max(1.0, waveform.abs().max().item()) / 32768
+        return (waveform / unit).round().clamp(-32768, 32767).short(), unit, None
+
+
+class Pack:
+    """An open pack: `lengths` in samples, name(k) and read(k) of its files."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            with open(os.path.join(path, "pack.json")) as file:
+                self.about = json.load(file)
+            index = np.fromfile(os.path.join(path, "index"), INDEX_ROW)
+            if len(index) < self.about["files"]:
+                raise AudioError(path, f"{len(index)} of {self.about['files']} files are packed; run the same "
+                                       "`data.py pack` again, and it will go on")
+            with open(os.path.join(path, "skipped.jsonl")) as file:
+                self.skipped = dict(map(json.loads, file))
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise AudioError(path, f"not a whole pack ({error})") from None
+        self.ends, self.name_ends, self.units = (np.ascontiguousarray(index[part]) for part in INDEX_ROW.names)
+        self.lengths = np.diff(self.ends, prepend=0)
+
+    def _read(self, part, dtype, start, end):
+        # Read, not mapped into memory: that is as fast, and a mapped file that is cut off meanwhile kills the process.
+        try:
+            found = np.fromfile(os.path.join(self.path, part), dtype, end - start, offset=start * np.dtype(dtype).itemsize)
+        except OSError as error:
+            raise AudioError(self.path, f"{part}: {error.strerror}") from None
+        if len(found) < end - start:
+            raise AudioError(self.path, f"{part}: ends before the index does")
+        return found
+
+    def name(self, number):
+        """The file's path as it was when packed."""
+        name = self._read("names", np.uint8, self.name_ends[number - 1] if number else 0, self.name_ends[number])
+        return os.path.join(self.about["root"], os.fsdecode(name.tobytes()))
+
+    def read(self, number, start=0, count=None):
+        """Samples of a file, from sample `start` -> int16, or float32 where its unit is not 1 / 32768."""
+        first, end = self.ends[number] - self.lengths[number] + start, self.ends[number]
+        samples = torch.from_numpy(self._read("samples", "<i2", first, min(end, first + count) if count else end))
+        return samples if self.units[number] == 1 / 32768 else samples * self.units[number].item()
+
+
+class PackedClips(Clips):
+    """All the sound in a pack, cut as AudioFiles cuts it; or one clip each of some `files`, their beginnings."""
+
+    packed = True
+
+    def __init__(self, pack, frames, files=None):
+        super().__init__(frames)
+        self.pack = pack
+        if files is None:
+            self.file, self.start = cut(pack.lengths, self.samples)
+            self.skipped = dict(pack.skipped)
+        else:
+            self.file, self.start = np.asarray(files), np.zeros(len(files), dtype=np.int64)
+
+    def __len__(self):
+        return len(self.file)
+
+    def name(self, number):
+        return self.pack.name(self.file[number])
+
+    def read(self, number):
+        return self.pack.read(self.file[number], self.start[number], self.samples)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -374,8 +569,11 @@ def open_labelled(path, frames, esc10=False, seed=0):
         tested = stratified_fifth(clips.labels, seed)
         folds = {"held-out fifth": (torch.from_numpy(np.flatnonzero(~tested)), torch.from_numpy(np.flatnonzero(tested)))}
         return Labelled("demo", clips, [(label,) for label in clips.labels.tolist()], clips.classes, folds)
+    packed = Pack(path) if is_pack(path) else None
+    if packed:  # the labels are where the sound was packed from
+        path = packed.about["source"]
     if not os.path.isdir(path):
-        raise AudioError(path, "no such folder; expected a labelled data set, or 'demo'")
+        raise AudioError(path, "no such folder; expected a labelled data set, a pack of one, or 'demo'")
     for opener, signs in (
         (_esc, ["meta/esc50.csv", "audio"]),
         (_speech_commands, ["validation_list.txt", "testing_list.txt"]),
@@ -386,7 +584,9 @@ def open_labelled(path, frames, esc10=False, seed=0):
             break
     kind, rows, classes, folds, *weights = opener(path, esc10, seed)
 
-    missing = {name for name, _, _ in rows if not os.path.isfile(name)}
+    if packed:
+        number = {os.path.abspath(packed.name(k)): k for k in np.flatnonzero(packed.lengths)}
+    missing = {name for name, _, _ in rows if not (os.path.abspath(name) in number if packed else os.path.isfile(name))}
     notes = [f"{len(missing)} labels have no clip and are left out: {describe_few(sorted(missing))}"] if missing else []
     stray = set(find_audio(path)) - {name for name, _, _ in rows} if kind.startswith("ESC-50") else ()
     if stray:
@@ -403,8 +603,12 @@ def open_labelled(path, frames, esc10=False, seed=0):
         numbers[fold] = tuple(torch.from_numpy(np.flatnonzero(np.isin(places, list(place)))) for place in (train, test))
         if not all(map(len, numbers[fold])):
             raise AudioError(path, f"{kind}: no clips to {'test' if len(numbers[fold][0]) else 'train'} on ({fold})")
-    return Labelled(kind, AudioFiles([rows[k][0] for k in keep], frames, whole=False), [rows[k][1] for k in keep],
-                    classes, numbers, notes, weights[0][keep] if weights else None)
+    names = [rows[k][0] for k in keep]
+    if packed:
+        clips = PackedClips(packed, frames, [number[os.path.abspath(name)] for name in names])
+    else:
+        clips = AudioFiles(names, frames, whole=False)
+    return Labelled(kind, clips, [rows[k][1] for k in keep], classes, numbers, notes, weights[0][keep] if weights else None)
 
 
 # Each opener -> kind, rows of (path, class numbers, place), class names, {fold: (places to train on, to test on)}.
@@ -519,7 +723,7 @@ def show(clip, out, seed=0):
 
     from eat import PATCH, EATConfig, draw_masks  # not at the top: eat.py imports this file
 
-    waveform = open_clips(clip, 256 if clip == "demo" else 1024, seed).usable(0)
+    waveform = as_float(open_clips(clip, 256 if clip == "demo" else 1024, seed).usable(0))
     frames = math.ceil(max(1, (len(waveform) - WINDOW) // SHIFT + 1) / PATCH) * PATCH
     config = EATConfig(frames=max(frames, 2 * PATCH))
     image = spectrogram(waveform[None], torch.tensor([len(waveform)]), config.frames, config.mean, config.std)[0, 0].T.numpy()
@@ -547,20 +751,82 @@ def show(clip, out, seed=0):
     plt.close(figure)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# How fast is it?
+# ---------------------------------------------------------------------------------------------------------
+
+
+def bench(path, frames, count):
+    """Print how many clips of `path` a second one core decodes, resamples, turns into spectrograms, loads in batches."""
+    torch.set_num_threads(1)
+    clips = open_clips(path, frames)
+    numbers = np.resize(np.linspace(0, len(clips) - 1, min(count, len(clips))).astype(int), count).tolist()
+    batches = [numbers[k : k + 32] for k in range(0, count, 32)]
+
+    def rate(work, items):
+        """Items a second, once filters are made and files are in the system's cache."""
+        for item in items[: len(items) // 8 + 1]:
+            work(item)
+        start = time.perf_counter()
+        for item in items:
+            work(item)
+        return len(items) / (time.perf_counter() - start)
+
+    rates = {}
+    if isinstance(clips, AudioFiles):
+        parts = [(clips.name(k), float(clips.start[k]), clips.samples / SAMPLE_RATE) for k in numbers]
+        rates["decode"] = rate(lambda part: _decode(*part), parts)
+        foreign = [(waveform, hertz) for waveform, hertz in (_decode(*part) for part in parts[:64]) if hertz != SAMPLE_RATE]
+        if foreign:
+            rates["resample"] = rate(lambda sound: _resampler(sound[1])(sound[0]), foreign)
+    else:
+        rates["read"] = rate(clips.read, numbers)
+    sound = clips.__getitems__(batches[0])[:2]
+    rates["fbank"] = len(sound[0]) * rate(lambda _: spectrogram(*sound, frames, *STATS["audioset"]), range(8))
+    loader = iter(DataLoader(clips, batch_sampler=batches * 2, num_workers=0 if clips.packed else 1,
+                             collate_fn=lambda batch: batch, pin_memory=torch.cuda.is_available()))
+    for _ in batches:  # the first time to warm up
+        next(loader)
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    rates["loader"] = count / (time.perf_counter() - start)
+    print(f"{path}: {len(clips):,} clips of {frames / 100:.2f} s; of {count} of them, clips a second on one core:")
+    for name, value in rates.items():
+        print(f"    {name:10}{value:8,.0f}")
+    print(json.dumps({"clips": len(clips), "frames": frames, "clips_per_second": rates}))
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Look at sound as EAT sees it.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="data.py", description="Sound as EAT reads it.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     shower = commands.add_parser("show", help="draw a clip: waveform, spectrogram, patches, four masks")
     shower.add_argument("clip", help="a sound file, or 'demo'")
     shower.add_argument("--out", default="clip.png", help="the picture [clip.png]")
     shower.add_argument("--seed", type=int, default=0, help="of the masks [0]")
+    packer = commands.add_parser("pack", help="decode a folder's sound once, for every run after")
+    packer.add_argument("path", help="a folder of sound, a file, or a list of files")
+    packer.add_argument("out", help="the folder to write, which is then a --data")
+    packer.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode [%(default)s]")
+    timer = commands.add_parser("bench", help="how many clips a second a core reads")
+    timer.add_argument("path", help="a folder of sound, a file, a list of files, a pack, or 'demo'")
+    timer.add_argument("--frames", type=int, default=1024, help="length of a clip in frames of 10 ms [1024]")
+    timer.add_argument("--clips", type=int, default=512, help="how many to read [512]")
     args = parser.parse_args(argv)
     try:
-        show(args.clip, args.out, args.seed)
+        if args.command == "show":
+            show(args.clip, args.out, args.seed)
+            print(args.out)
+        elif args.command == "pack":
+            pack(args.path, args.out, args.workers)
+        else:
+            bench(args.path, args.frames, args.clips)
     except (AudioError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    print(args.out)
+    except KeyboardInterrupt:
+        print("data.py: stopped" + "; the same command goes on from here" * (args.command == "pack"), file=sys.stderr)
+        return 130
     return 0
 
 

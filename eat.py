@@ -15,6 +15,7 @@ Letters in the shape comments:
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -30,6 +31,7 @@ import time
 import typing
 import zipfile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -238,24 +240,25 @@ class Encoder(nn.Module):
         elif isinstance(module, Encoder):
             nn.init.normal_(module.cls)
 
-    def forward(self, spectrogram, visible=None, return_targets=False):
+    def forward(self, spectrogram, visible=None):
         """(B, 1, T, 128), T any multiple of 16 -> tokens (B, 1 + N, D), CLS first.
 
         visible: (B, C, K) indices of the patches each clone keeps -> tokens (B * C, 1 + K, D).
-        return_targets: also a list of every block's target output, of the tokens' shape.
         """
+        x = self.embed(spectrogram, visible)
+        for block in self.blocks:
+            x, _ = block(x)
+        return x  # post-norm blocks: no final norm
+
+    def embed(self, spectrogram, visible=None):
+        """The same up to the first block."""
         x = self.patches(spectrogram)  # (B, N, D)
         if visible is not None:
             B, N, D = x.shape
             rows = visible + N * torch.arange(B, device=x.device)[:, None, None]
             x = F.embedding(rows.flatten(0, 1), x.flatten(0, 1))  # (B * C, K, D): a gather with a fast backward
         x = torch.cat([self.cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # CLS has no position
-        x = self.norm(x)
-        outputs = []
-        for block in self.blocks:
-            x, f = block(x)
-            outputs.append(f)
-        return (x, outputs) if return_targets else x  # post-norm blocks: no final norm
+        return self.norm(x)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -306,7 +309,8 @@ def inverse_block_mask(clips, clones, grid, mask_ratio=0.8, mask_block=5, mask_a
 
 
 class Decoder(nn.Module):
-    """Lightweight: 3 x 3 grouped convolutions over the patch grid, (views, N, D) -> (views, N, D)."""
+    """Lightweight: 3 x 3 grouped convolutions over the patch grid, (views, N, D) -> (views, N, D), or only the patches
+    of interest, (views, M) -> (views, M, D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -317,13 +321,14 @@ class Decoder(nn.Module):
         )
         self.proj = nn.Linear(D, D)
 
-    def forward(self, x, grid):
+    def forward(self, x, grid, patches=None):
         x = x.unflatten(1, grid).permute(0, 3, 1, 2)  # (views, D, H, W), already channels-last in memory
         for conv in self.convs:
             y = conv(x).permute(0, 2, 3, 1)
             y = F.gelu(F.layer_norm(y, y.shape[-1:], eps=TARGET_EPS))  # over channels, without affine
             x = x + y.permute(0, 3, 1, 2)
-        return self.proj(x.permute(0, 2, 3, 1).flatten(1, 2))
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        return self.proj(x if patches is None else take(x, patches))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -350,9 +355,12 @@ class EAT(nn.Module):
     def targets(self, spectrogram):
         """(B, 1, T, 128) -> (B, N, D): once a clip, unmasked. Average of all blocks' target outputs, each
         instance-normalised over the patches of its clip, then layer-normalised over channels."""
-        _, outputs = self.teacher(spectrogram, return_targets=True)
-        average = sum(F.instance_norm(f[:, 1:].float().transpose(1, 2), eps=TARGET_EPS) for f in outputs) / len(outputs)
-        return F.layer_norm(average.transpose(1, 2), average.shape[1:2], eps=TARGET_EPS)
+        x, total = self.teacher.embed(spectrogram), 0
+        for block in self.teacher.blocks:
+            x, f = block(x)  # f: (B, 1 + N, D)
+            total = total + F.instance_norm(f[:, 1:].float().transpose(1, 2), eps=TARGET_EPS)
+        average = (total / len(self.teacher.blocks)).transpose(1, 2)
+        return F.layer_norm(average, average.shape[2:], eps=TARGET_EPS)
 
     def forward(self, spectrogram, mask=None, noise=None):
         """One step of the objective: (B, 1, T, 128), normalised -> dict of scalars
@@ -369,10 +377,9 @@ class EAT(nn.Module):
 
         targets = self.targets(spectrogram)  # (B, N, D)
         tokens = self.student(spectrogram, visible)  # (B * C, 1 + K, D)
-        decoded = self.decode(tokens[:, 1:], visible, grid, noise).float()  # (B * C, N, D)
 
         # Frame loss: masked patches only. The release divides squared errors by sqrt(D) and so do both terms here.
-        prediction = take(decoded, masked.flatten(0, 1))  # (B * C, N - K, D)
+        prediction = self.decode(tokens[:, 1:], visible, grid, noise, masked.flatten(0, 1)).float()  # (B * C, N - K, D)
         wanted = take(targets, masked.flatten(1)).view_as(prediction)
         frame_loss = (prediction - wanted).square().sum(-1).mean() / config.dim**0.5
         # Utterance loss: every clone's CLS against the mean of the clip's targets.
@@ -386,13 +393,14 @@ class EAT(nn.Module):
             "prediction_std": prediction.detach().flatten(0, 1).std(0).mean(),
         }
 
-    def decode(self, tokens, visible, grid, noise=None):
-        """Visible patches (B * C, K, D) back at their places, noise at the masked ones, through the decoder."""
+    def decode(self, tokens, visible, grid, noise=None, patches=None):
+        """Visible patches (B * C, K, D) back at their places, noise at the masked ones, through the decoder -> its
+        prediction for all patches, (B * C, N, D), or for some, (B * C, M)."""
         views, K, D = tokens.shape
         shape = (views, grid[0] * grid[1], D)
         x = torch.randn(shape, device=tokens.device) if noise is None else noise.view(shape)
         x = (x * self.config.mask_noise_std).to(tokens.dtype)
-        return self.decoder(x.scatter(1, visible.view(views, K, 1).expand(-1, -1, D), tokens), grid)
+        return self.decoder(x.scatter(1, visible.view(views, K, 1).expand(-1, -1, D), tokens), grid, patches)
 
 
 def draw_masks(config, clips, grid, **draw):
@@ -528,10 +536,19 @@ def load_encoder(path):
 # Training: the recipe
 # ---------------------------------------------------------------------------------------------------------
 
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402  what is above needs torch alone and can be lifted out
 from tqdm import tqdm  # noqa: E402
 
-from data import STATS, AudioError, Demo, describe_skipped, measure_stats, open_clips, spectrogram  # noqa: E402
+from data import (STATS, AudioError, Demo, clip_samples, describe_skipped, measure_stats, open_clips,  # noqa: E402
+                  spectrogram)
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISION_HELP = "of the model's arithmetic; default: bfloat16 where the device multiplies it natively, on CUDA else float16"
+# On two cores of a CPU compiling took 80 s and gained nothing (0.58 s a step for 0.54 s; D 192, 12 blocks, bfloat16).
+WORKERS_HELP = "processes that read sound; default: none for a pack, else what the machine has, 8 at most"
+COMPILE_HELP = "torch.compile the model; default: on CUDA"
 
 
 @dataclasses.dataclass
@@ -561,9 +578,10 @@ class Recipe:
     stats: str = option("audioset", "mean and std to normalise with: a data set's, or measured on --data",
                         choices=("audioset", "esc50", "spc2", "measure"))
     seed: int = option(0, "of weights, data order, masks and noise")
-    workers: int = option(None, "processes that read sound; default: what the machine has, 8 at most")
+    workers: int = option(None, WORKERS_HELP)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
-    compile: bool = option(None, "torch.compile the model; default: on CUDA")
+    precision: str = option(None, PRECISION_HELP, choices=tuple(PRECISIONS))
+    compile: bool = option(None, COMPILE_HELP)
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(1000, "steps between checkpoints")
 
@@ -661,33 +679,45 @@ def ignore_signals(_):
 class Machine:
     """Where the run is: device, arithmetic, and this process's place among those that torchrun started."""
 
-    def __init__(self, recipe):
+    def __init__(self, recipe, packed=False):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         kind = next(kind for kind in here if here[kind]) if recipe.device == "auto" else recipe.device
         if not here[kind]:
             raise UsageError(f"--device {kind}: there is none here")
-        self.device, self.dtype = torch.device(kind), torch.float32
+        self.device, precision = torch.device(kind), "float32"
         if kind == "cuda":
             self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
-            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            precision = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        elif kind == "cpu" and {"avx512_bf16", "amx_bf16"} & {k for k, has in torch.cpu.get_capabilities().items() if has}:
+            precision = "bfloat16"  # base: 4.6 s a step for 9.9 s
+        self.dtype = PRECISIONS[recipe.precision or precision]
         self.compile = recipe.compile if recipe.compile is not None else kind == "cuda"
         self.workers = recipe.workers
         if self.workers is None:
-            self.workers = min(8, max(1, os.cpu_count() // self.world - 1))
+            self.workers = 0 if packed else min(8, max(1, os.cpu_count() // self.world - 1))
         if self.world > 1:
             torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
 
+    def compiled(self, model):
+        return torch.compile(model, dynamic=False) if self.compile else model  # all shapes are fixed
+
     def wrap(self, model):
         """The model as the loop calls it."""
-        if self.compile:
-            model = torch.compile(model, dynamic=False)  # all shapes are fixed
+        model = self.compiled(model)
         return nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
+    @contextlib.contextmanager
     def arithmetic(self):
-        """Mixed precision, where the device has it."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """Mixed precision, unless it is float32."""
+        with contextlib.ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, self.dtype))
+                if self.device.type == "cpu":  # its fused attention is slow in 16 bits: backward 19 ms for 5 ms
+                    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # "cuda", but the CPU's too
+                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
 
     def mean(self, values):
         """Average of a tensor over the processes."""
@@ -706,6 +736,35 @@ class Machine:
             print(text, flush=True)
 
 
+def make_scaler(machine):
+    return torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+
+
+def add_gradients(net, config, recipe, machine, scaler, sound, step, rows):
+    """Forward and backward for some `rows` of a step's batch, sound (waveforms, lengths) -> losses. Neither this nor
+    `update` makes the host wait for the device."""
+    waveforms, lengths = (x.to(machine.device, non_blocking=True) for x in sound)
+    x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)  # (B, 1, T, 128)
+    mask, noise = draw_views(config, recipe, step, rows, machine.device)
+    with machine.arithmetic():
+        losses = net(x, mask, noise)
+    scaler.scale(losses["loss"] / recipe.accumulate).backward()
+    return losses
+
+
+def update(model, optimizer, scaler, recipe, step):
+    """Update 1, 2, ... of student, decoder and teacher from the gradients -> their norm."""
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate(step)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    model.update_teacher(recipe.teacher_decay(step))
+    return norm
+
+
 def train(config, recipe, clips, machine, resumed=None):
     """Pre-train on `clips` -> (EAT, its student at the start, the number of the signal that stopped it or 0)."""
     device, step = machine.device, 0
@@ -714,8 +773,7 @@ def train(config, recipe, clips, machine, resumed=None):
     if recipe.init and not resumed:
         machine.say(load_initial(model, recipe.init))
     start = copy.deepcopy(model.student)
-    optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
+    optimizer, scaler = make_optimizer(model, recipe), make_scaler(machine)
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -731,29 +789,16 @@ def train(config, recipe, clips, machine, resumed=None):
 
     while step < recipe.steps and not stop.agreed:
         for part in range(recipe.accumulate):
-            waveforms, lengths, _, skipped = next(batches)
+            *sound, _, skipped = next(batches)
             log.skipped |= skipped
-            if not len(waveforms):
+            if not len(sound[0]):
                 raise AudioError(recipe.data, f"no clip can be used; {describe_skipped(log.skipped)}")
-            waveforms, lengths = waveforms.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
-            x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)  # (B, 1, T, 128)
-            mask, noise = draw_views(config, recipe, step, shares.rows(part), device)
             if machine.world > 1:  # gradients meet after the last part of the batch only
                 net.require_backward_grad_sync = part == recipe.accumulate - 1
-            with machine.arithmetic():
-                losses = net(x, mask, noise)
-            scaler.scale(losses["loss"] / recipe.accumulate).backward()
-            log.add(losses)
+            log.add(add_gradients(net, config, recipe, machine, scaler, sound, step, shares.rows(part)))
         step += 1
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(step)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        norm = update(model, optimizer, scaler, recipe, step)
         log.add({"grad_norm": norm.nan_to_num(0, 0) if scaler.is_enabled() else norm})  # there it skips such updates
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        model.update_teacher(recipe.teacher_decay(step))
 
         look = step % recipe.log_every == 0 or step == recipe.steps
         save = step % recipe.save_every == 0 or step == recipe.steps or stop.agree(look)
@@ -882,15 +927,24 @@ def outputs(model, config, clips, numbers, machine, batch_size=32):
     for waveforms, lengths, used, skipped in tqdm(loader, "clips", disable=None, leave=False):
         clips.skipped |= skipped
         if len(used):
-            waveforms, lengths = waveforms.to(machine.device), lengths.to(machine.device)
-            with machine.arithmetic():
-                yield model(spectrogram(waveforms, lengths, config.frames, config.mean, config.std)), used
+            yield run_batch(model, config, waveforms.to(machine.device), lengths.to(machine.device), machine, batch_size), used
+
+
+def run_batch(model, config, waveforms, lengths, machine, batch_size):
+    """What `model` makes of at most `batch_size` clips; a compiled one always gets so many, to be compiled once."""
+    count = len(waveforms)
+    if machine.compile:
+        waveforms = F.pad(waveforms, (0, 0, 0, batch_size - count))
+        lengths = F.pad(lengths, (0, batch_size - count), value=waveforms.shape[1])
+    x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
+    with machine.arithmetic():
+        return model(x)[:count]
 
 
 def features(encoder, config, clips, numbers, machine):
     """Frozen features of some clips -> {"CLS": (n, D), "mean of patches": (n, D)} and their numbers, on the CPU."""
     rows = [(x[:, 0].float().cpu(), x[:, 1:].float().mean(1).cpu(), used)
-            for x, used in outputs(encoder.eval(), config, clips, numbers, machine)]
+            for x, used in outputs(machine.compiled(encoder.eval()), config, clips, numbers, machine)]
     cls, mean, used = map(torch.cat, zip(*rows))
     return {"CLS": cls, "mean of patches": mean}, used
 
@@ -912,6 +966,117 @@ def demo_accuracy(encoder, seed, machine):
     targets = F.one_hot(labels).float()
     return {name: (nearest_neighbours(x[:480], targets[:480], x[480:]).argmax(1) == labels[480:]).float().mean().item()
             for name, x in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Benchmark: how near to the rate of this device's matrix products?
+# ---------------------------------------------------------------------------------------------------------
+
+
+def step_flops(config, clips):
+    """Floating-point operations of a training step on `clips` clips: those of the matrix products, attention and
+    convolutions; a backward pass counts as two forward."""
+    D, N, K = config.dim, config.patches, config.visible
+
+    def encoder(L):  # multiply-adds of the blocks for L tokens
+        return config.depth * (L * D * D * (4 + 2 * config.mlp_ratio) + 2 * L * L * D)
+
+    embed = N * PATCH * PATCH * D
+    decoder = N * config.decoder_layers * D * D // config.decoder_groups * config.decoder_kernel**2 + N * D * D
+    return 2 * clips * (embed + encoder(1 + N) + 3 * embed + 3 * config.clones * (encoder(1 + K) + decoder))
+
+
+def bench(given):
+    """Time the training step on random sound, and what it is made of, beside a large matrix product."""
+    given = {"preset": "base", "steps": 10, **given}
+    config = EATConfig.preset(given["preset"], **fields_of(EATConfig, given))
+    machine = Machine(Recipe(**fields_of(Recipe, given)))
+    cuda = machine.device.type == "cuda"
+    recipe = Recipe(**{"batch_size": 12 if cuda else 1, **fields_of(Recipe, given)})
+    B, grid = recipe.batch_size, (config.frames // PATCH, MEL_BINS // PATCH)
+    torch.manual_seed(recipe.seed)
+    model = EAT(config).to(machine.device)
+    net, optimizer, scaler = machine.wrap(model), make_optimizer(model, recipe), make_scaler(machine)
+    sound = 0.1 * torch.randn(B, clip_samples(config.frames)), torch.full((B,), clip_samples(config.frames))
+
+    def seconds(work, times=1):
+        """Of one call, on the average of some in a row."""
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        torch.cuda.synchronize() if cuda else None
+        return (time.perf_counter() - start) / times
+
+    def step():
+        add_gradients(net, config, recipe, machine, scaler, sound, 0, range(B))
+        update(model, optimizer, scaler, recipe, 1)
+
+    size = 8192 if cuda else 2048
+    square = torch.randn(size, size, device=machine.device)
+    squares = (square.to(machine.dtype), square)
+    for _ in range(3):
+        seconds(step)
+    rounds = []  # in turn, as other work on the machine comes and goes
+    for _ in tqdm(range(5), "bench", disable=None, leave=False):
+        rounds.append([2 * size**3 / seconds(lambda x=x: x @ x, 5) for x in squares]
+                      + [seconds(step, max(1, recipe.steps // 5))])
+    rate, rate32, taken = np.median(rounds, axis=0).tolist()
+    share = np.median([step_flops(config, B) / took / product for product, _, took in rounds]).item()
+    if cuda:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # not on Windows
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    # Every part by itself, on the same inputs.
+    waveforms, lengths = (x.to(machine.device) for x in sound)
+    x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
+    mask, noise = draw_views(config, recipe, 0, range(B), machine.device)
+    visible, masked = split_mask(mask, config.visible)
+    targets, student, decode = map(machine.compiled, (model.targets, model.student, model.decode))
+    with machine.arithmetic():
+        tokens = model.student(x, visible)[:, 1:].detach().requires_grad_()
+
+    def in_precision(work, *inputs):
+        def run():
+            with machine.arithmetic():
+                return work(*inputs)
+        return run
+
+    forward = in_precision(net, x, mask, noise)
+    works = {
+        "fbank": lambda: spectrogram(waveforms, lengths, config.frames, config.mean, config.std),
+        "masks, noise": lambda: draw_views(config, recipe, 0, range(B), machine.device),
+        "teacher": in_precision(targets, x), "student": in_precision(student, x, visible),
+        "decoder": in_precision(decode, tokens, visible, grid, noise, masked.flatten(0, 1)),
+        "forward": forward, "forward and backward": lambda: forward()["loss"].backward(),
+        "optimizer": lambda: (nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip), optimizer.step()),
+        "EMA": lambda: model.update_teacher(0.999),
+    }
+    parts = {}
+    for name, work in works.items():
+        seconds(work)
+        parts[name] = np.median([seconds(work) for _ in range(5)]).item()
+    forward_alone = parts.pop("forward")
+    parts["backward"] = max(0.0, parts.pop("forward and backward") - forward_alone)
+    whole = sum(parts.values())
+    device = torch.cuda.get_device_name() if cuda else f"{machine.device}, {torch.get_num_threads()} threads"
+    result = {
+        "device": device, "precision": str(machine.dtype).split(".")[1], "compiled": machine.compile, "torch": torch.__version__,
+        "preset": given["preset"], "dim": config.dim, "depth": config.depth, "frames": config.frames, "clones": config.clones,
+        "batch_size": B, "matrix_tflops": rate / 1e12, "float32_matrix_tflops": rate32 / 1e12, "seconds_per_step": taken, "clips_per_second": B / taken,
+        "model_tflops": step_flops(config, B) / taken / 1e12, "share_of_matrix_rate": share, "peak_memory_gib": memory / 2**30,
+        "parts": {name: part / whole for name, part in parts.items()},
+    }
+    print(f"machine   {device}; {result['precision']}, {'' if machine.compile else 'not '}compiled; torch {torch.__version__}\n"
+          f"model     {given['preset']}: D {config.dim}, {config.depth} blocks; {B} clips of {config.frames / 100:.2f} s x "
+          f"{config.clones} clones; peak memory {memory / 2**30:.1f} GiB\n"
+          f"matrix    {rate / 1e12:.3f} TFLOP/s, a product of {size} x {size}; in float32 {rate32 / 1e12:.3f}\n"
+          f"step      {taken:.3f} s, {B / taken:.3g} clips/s, {result['model_tflops']:.3f} TFLOP/s: "
+          f"{share:.0%} of the matrix rate\n"
+          "parts     " + ", ".join(f"{name} {part:.1%}" for name, part in result["parts"].items()) + "\n" + json.dumps(result))
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1115,7 +1280,7 @@ def unpickle_inert(path):
 # ---------------------------------------------------------------------------------------------------------
 
 # What a resumed run may be given anew: where it runs, not what it computes.
-MAY_CHANGE = {"data", "out", "resume", "accumulate", "workers", "device", "compile", "log_every", "save_every"}
+MAY_CHANGE = {"data", "out", "resume", "accumulate", "workers", "device", "precision", "compile", "log_every", "save_every"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1189,7 +1354,7 @@ def settle(given):
 def pretrain(given):
     """The main job -> exit status."""
     config, recipe, clips, resumed = settle(given)
-    machine = Machine(recipe)
+    machine = Machine(recipe, clips.packed)
     parts = recipe.accumulate * machine.world
     if recipe.batch_size % parts or recipe.batch_size > len(clips):
         raise UsageError(f"--batch-size {recipe.batch_size}: must be at most the {len(clips)} clips of {recipe.data}"
@@ -1260,13 +1425,18 @@ def main(argv=None):
     parser = Parser(
         prog="eat.py", description="Pre-train an EAT on a folder of sound.",
         epilog="examples:\n  python eat.py --data demo\n  python eat.py --data path/to/sound --preset tiny\n"
-               "  python eat.py export out/last.pt FOLDER      as config.json and model.safetensors")
+               "  python eat.py export out/last.pt FOLDER      as config.json and model.safetensors\n"
+               "  python eat.py bench --preset base            how fast is a training step here?")
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["export"]:
         parser = Parser(prog="eat.py export", description=export.__doc__)
         parser.add_argument("checkpoint", help="ours, or the release's")
         parser.add_argument("folder", help="where to write it")
         return guarded("eat.py", lambda args: print(export(args.checkpoint, args.folder)) or 0, parser.parse_args(argv[1:]))
+    if argv[:1] == ["bench"]:
+        parser = Parser(prog="eat.py bench", description=bench.__doc__)
+        add_flags(parser, Recipe, EATConfig)
+        return guarded("eat.py", bench, vars(parser.parse_args(argv[1:])))
     add_flags(parser, Recipe, EATConfig)
     return guarded("eat.py", pretrain, vars(parser.parse_args(argv)))
 

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import eat
-from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, AudioError, clip_samples, describe_few, describe_skipped,
-                  find_audio, load_audio, open_labelled, spectrogram)
+from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, AudioError, Pack, as_float, clip_samples, describe_few,
+                  describe_skipped, existing_audio, is_pack, load_audio, open_labelled, spectrogram)
 from eat import MEL_BINS, PATCH, EATConfig, Encoder, UsageError, option
 
 # ---------------------------------------------------------------------------------------------------------
@@ -107,9 +107,10 @@ class FineTune:
     neighbours: int = option(10, "k of --mode knn")
     l2: float = option(1.0, "--mode linear: penalty l2 / 2 * |w|^2 beside the summed loss")
     seed: int = option(0, "of the head, data order and augmentation")
-    workers: int = option(None, "processes that read sound; default: what the machine has, 8 at most")
+    workers: int = option(None, eat.WORKERS_HELP)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
-    compile: bool = option(None, "torch.compile the model; default: on CUDA")
+    precision: str = option(None, eat.PRECISION_HELP, choices=tuple(eat.PRECISIONS))
+    compile: bool = option(None, eat.COMPILE_HELP)
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(500, "steps between checkpoints")
 
@@ -181,6 +182,7 @@ def add_noise_and_roll(x, rng):
 
 def augmented(waveforms, lengths, targets, config, recipe, rng):
     """A training batch -> spectrogram (B, 1, T, 128), targets (B, classes)."""
+    waveforms = as_float(waveforms)
     if recipe.roll:
         waveforms = roll_and_gain(waveforms, lengths, rng)
     x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
@@ -269,7 +271,7 @@ def fit(model, data, fold, config, recipe, machine, stop, save, resumed=None):
     device, train = machine.device, data.folds[fold][0]
     number = list(data.folds).index(fold)
     optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=machine.dtype == torch.float16)
+    scaler = eat.make_scaler(machine)
     step = 0
     if resumed:
         optimizer.load_state_dict(resumed["optimizer"])
@@ -346,7 +348,8 @@ def fine_tune(data, encoder, config, recipe, machine, resumed):
         if not fit(model, data, fold, config, recipe, machine, stop, save, resumed):
             return stop.agreed
         model.eval()
-        scores, used = zip(*((x.float().cpu(), used) for x, used in eat.outputs(model, config, data.clips, data.folds[fold][1], machine)))
+        tested = eat.outputs(machine.compiled(model), config, data.clips, data.folds[fold][1], machine)
+        scores, used = zip(*((x.float().cpu(), used) for x, used in tested))
         done[fold] = evaluate(torch.cat(scores), data.targets(torch.cat(used).tolist()), data.classes, data.multi_label)
         say_fold(fold, done[fold])
         save(recipe.steps)
@@ -464,44 +467,58 @@ def write_results(results, data, recipe, config):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def windows(path, frames):
-    """A sound file of any length as a model's windows -> waveforms (n, samples), lengths (n,). They follow each other
-    every `frames` frames; the last one is padded, as short clips are."""
-    waveform = load_audio(path)
-    waveform = waveform - waveform.mean()
-    if len(waveform) < WINDOW:
-        raise AudioError(path, "shorter than a window of 25 ms")
-    hop, samples = frames * SHIFT, clip_samples(frames)
-    count = 1 + max(0, len(waveform) - WINDOW) // hop
-    lengths = torch.tensor([min(samples, len(waveform) - k * hop) for k in range(count)])
-    waveform = F.pad(waveform, (0, max(0, (count - 1) * hop + samples - len(waveform))))
-    return waveform.unfold(0, samples, hop)[:count], lengths
+class Windows(Dataset):
+    """Sound of any length as a model's windows: file k -> waveforms (n, samples), lengths (n,), and the reason if there are
+    none. Windows follow each other every `frames` frames; the last one is padded, as short clips are."""
+
+    def __init__(self, paths, frames):
+        self.files, self.frames = [], frames  # (pack, its file's number), or (None, path)
+        for path in paths:
+            pack = Pack(path) if is_pack(path) else None
+            self.files += [(pack, k) for k in np.flatnonzero(pack.lengths)] if pack else [(None, k) for k in existing_audio(path)]
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, k):
+        pack, file = self.files[k]
+        return pack.name(file) if pack else file
+
+    def __getitem__(self, k):
+        pack, file = self.files[k]
+        try:
+            waveform = as_float(pack.read(file)) if pack else load_audio(file)
+        except AudioError as error:
+            return None, None, error.reason
+        if len(waveform) < WINDOW:
+            return None, None, "shorter than a window of 25 ms"
+        hop, samples = self.frames * SHIFT, clip_samples(self.frames)
+        count = 1 + (len(waveform) - WINDOW) // hop
+        lengths = torch.tensor([min(samples, len(waveform) - k * hop) for k in range(count)])
+        waveform = F.pad(waveform, (0, max(0, (count - 1) * hop + samples - len(waveform))))
+        return waveform.unfold(0, samples, hop)[:count], lengths, None
 
 
 @torch.no_grad()
 def run_windows(model, config, paths, machine, batch_size=32):
-    """Yields (path, model's output for each of its windows, their lengths) of the files that can be read, working in
+    """Yields (name, model's output for each of its windows, their lengths) of the files that can be read, working in
     batches across files; says which cannot be read."""
-    model.eval().to(machine.device)
-    waiting, ready, skipped = collections.deque(), [], {}  # files whose windows are not all through, outputs so far
+    model = machine.compiled(model.eval().to(machine.device))
+    files = Windows(paths, config.frames)
+    loader = DataLoader(files, batch_size=None, num_workers=machine.workers)
+    waiting, ready, batch, skipped = collections.deque(), [], [], {}  # files whose windows are not all through; outputs
 
     def run(batch):
         waveforms, lengths = (torch.stack(part).to(machine.device) for part in zip(*batch))
-        with machine.arithmetic():
-            x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
-            ready.extend(model(x).float().cpu())
+        ready.extend(eat.run_batch(model, config, waveforms, lengths, machine, batch_size).float().cpu())
 
-    batch = []
-    for path in tqdm([*paths, None], "files", disable=None):
-        if path is not None:
-            try:
-                waveforms, lengths = windows(path, config.frames)
-            except AudioError as error:
-                skipped[error.path] = error.reason
-                continue
-            waiting.append((path, lengths))
+    for k, (waveforms, lengths, reason) in enumerate(tqdm(loader, "files", disable=None)):
+        if reason:
+            skipped[files.name(k)] = reason
+        else:
+            waiting.append((files.name(k), lengths))
             batch += zip(waveforms, lengths)
-        while len(batch) >= batch_size or batch and path is None:
+        while len(batch) >= batch_size or batch and k == len(files) - 1:
             run(batch[:batch_size])
             del batch[:batch_size]
         while waiting and len(ready) >= len(waiting[0][1]):
@@ -517,9 +534,8 @@ def predict(args):
     model = load_classifier(args.checkpoint)
     if args.labels:
         model.classes = read_labels(args.labels, len(model.classes))
-    paths = [path for clip in args.clips for path in found_audio(clip)]
     rows = []
-    for path, logits, lengths in run_windows(model, model.encoder.config, paths, eat.Machine(args)):
+    for path, logits, lengths in run_windows(model, model.encoder.config, args.clips, eat.Machine(args)):
         likely = logits.sigmoid() if model.multi_label else logits.softmax(1)
         likely = (likely * lengths[:, None]).sum(0) / lengths.sum()
         value, number = likely.topk(min(args.top, len(likely)))
@@ -552,7 +568,7 @@ def embed(args):
     """Features of every file into an .npz: CLS and mean of patches, a row a file; with --frames a row every 0.16 s."""
     encoder = eat.load_encoder(args.checkpoint)
     paths, columns = [], collections.defaultdict(list)
-    for path, tokens, lengths in run_windows(encoder, encoder.config, found_audio(args.path), eat.Machine(args)):
+    for path, tokens, lengths in run_windows(encoder, encoder.config, [args.path], eat.Machine(args)):
         # A window holds as many time steps of 16 frames as its sound reaches into.
         steps = ((lengths - WINDOW) // SHIFT).div(PATCH, rounding_mode="floor") + 1
         grid = tokens[:, 1:].unflatten(1, (-1, MEL_BINS // PATCH))  # (windows, H, W, D)
@@ -574,19 +590,11 @@ def embed(args):
     return 0
 
 
-def found_audio(path):
-    """As find_audio, but a path that leads to no sound is an error."""
-    found = find_audio(path) if os.path.exists(path) else []
-    if not found:
-        raise AudioError(path, "no sound there")
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
-MAY_CHANGE = {"data", "checkpoint", "out", "resume", "workers", "device", "compile", "log_every", "save_every"}
+MAY_CHANGE = {"data", "checkpoint", "out", "resume", "workers", "device", "precision", "compile", "log_every", "save_every"}
 
 
 def settle(given):
@@ -638,7 +646,7 @@ def settle(given):
 def train_or_probe(given):
     """The main job -> exit status."""
     recipe, config, data, encoder, resumed = settle(given)
-    machine = eat.Machine(recipe)
+    machine = eat.Machine(recipe, data.clips.packed)
     eat.make_folder(recipe.out)
     print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
     print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} blocks; clips of "
@@ -671,18 +679,20 @@ def main(argv=None):
     if argv[:1] in (["predict"], ["embed"]):
         parser = eat.Parser(prog=f"finetune.py {argv[0]}", description=globals()[argv[0]].__doc__)
         if argv[0] == "predict":
-            parser.add_argument("clips", nargs="+", help="sound files, folders or lists")
+            parser.add_argument("clips", nargs="+", help="sound files, folders, lists or packs")
             parser.add_argument("--top", type=int, default=5, help="labels a file [5]")
             parser.add_argument("--labels", help="names of the classes: a csv of index, id, name, or a name a line")
             parser.add_argument("--json", action="store_true", help="JSON instead of a table")
         else:
-            parser.add_argument("path", help="a sound file, a folder or a list")
+            parser.add_argument("path", help="a sound file, a folder, a list or a pack")
             parser.add_argument("--out", default="features.npz", help="[features.npz]")
             parser.add_argument("--frames", action="store_true", help="a row every 0.16 s instead of one a file")
             parser.add_argument("--join", action="store_true", help="with --frames: join the 8 frequency patches, not average")
         parser.add_argument("--checkpoint", required=True, help="a checkpoint")
         parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"), help="[auto]")
-        parser.set_defaults(compile=False, workers=0)
+        parser.add_argument("--precision", choices=tuple(eat.PRECISIONS), help=eat.PRECISION_HELP)
+        parser.add_argument("--compile", action="store_true", help="pays for many files, on CUDA")
+        parser.add_argument("--workers", type=int, default=0, help="processes that read sound, for many files [0]")
         job, given = globals()[argv[0]], parser.parse_args(argv[1:])
     else:
         eat.add_flags(parser, FineTune)
