@@ -92,7 +92,7 @@ def formula():
 
 
 # How far each way of computing may be from the release: losses; norms of gradients, relative and absolute.
-WAYS = {"float32": (1e-6, 1e-5, 0), "compiled": (1e-6, 1e-5, 0), "bfloat16": (1e-2, 1e-2, 0.05)}
+WAYS = {"float32": (1e-6, 1e-5, 0), "compiled": (1e-6, 1e-5, 0), "bfloat16": (1e-2, 2e-2, 0.05)}
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ here")
 every_way = pytest.mark.parametrize("way", ["float32", pytest.param("compiled", marks=needs_compiler), "bfloat16"])
 
