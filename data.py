@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import csv
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -60,43 +61,49 @@ def printable(name):
 # ---------------------------------------------------------------------------------------------------------
 
 
+RATES = (1000, 1_000_000)  # Hz; a header outside of these is damaged
+
+
 def load_audio(path):
-    """A sound file, whole -> 1-D float32 waveform, mono, 16 kHz. Raises AudioError."""
+    """A sound file, whole -> 1-D float32 waveform, mono, 16 kHz, finite. Raises AudioError."""
     return _read(path)
 
 
 def _read(path, start=0.0, seconds=math.inf):
     """The same for `seconds` seconds from second `start`."""
     waveform, rate = _decode(path, start, seconds)
-    return waveform if rate == SAMPLE_RATE else _resampler(rate)(waveform)
+    if rate != SAMPLE_RATE:
+        waveform = _resampler(rate)(waveform)
+    if not waveform.isfinite().all():
+        raise AudioError(path, "holds samples that are not finite numbers")
+    return waveform
 
 
 def _decode(path, start, seconds):
     """That part, mono, found by seeking, so that it costs no more memory than it has samples -> waveform, its rate."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise AudioError(path, "no such file")
     try:
         with soundfile.SoundFile(_any_name(path)) as file:
             rate = file.samplerate
-            if rate < 1000:
-                raise AudioError(path, f"sample rate {rate} Hz, expected at least 1000 Hz")
+            if not RATES[0] <= rate <= RATES[1]:
+                raise AudioError(path, f"sample rate {rate} Hz, expected {RATES[0]} to {RATES[1]} Hz")
             first, count = round(start * rate), file.frames
             if seconds < math.inf:
                 count = math.ceil(seconds * rate)
             if first:
                 file.seek(first)
-            blocks = []  # block by block, since a damaged header may claim any length
-            while count > 0 and len(block := file.read(min(count, 1 << 20), dtype="float32", always_2d=True)):
+            blocks, most = [], (1 << 22) // file.channels  # block by block: a damaged header may claim any length
+            while count > 0 and len(block := file.read(min(count, most), dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
                 count -= len(block)
     except AudioError:
         raise
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # soundfile's own errors are RuntimeErrors
+    except Exception as error:  # whatever is wrong with the file, it is this file's problem alone
         raise AudioError(path, f"cannot be read as sound ({_short(error)})") from None
     if not blocks:
         raise AudioError(path, "holds no samples")
-    waveform = torch.from_numpy(np.concatenate(blocks))
-    if not waveform.isfinite().all():
-        raise AudioError(path, "holds samples that are not finite numbers")
-    return waveform, rate
+    return torch.from_numpy(np.concatenate(blocks)), rate
 
 
 def _any_name(path):
@@ -175,7 +182,7 @@ def measure_stats(clips, most=1000):
         waveforms, lengths, _, _ = clips.__getitems__(numbers.tolist())
         x = fbank(waveforms).double()
         sound = torch.arange(x.shape[1]) < ((lengths - WINDOW) // SHIFT + 1)[:, None]
-        x = x[sound]
+        x = x[sound & x.isfinite().all(2)]
         count, total, squares = count + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
     if not count:
         raise AudioError(clips.name(0), "neither it nor any other clip can be used")
@@ -243,6 +250,7 @@ class AudioFiles(Clips):
 
     def __init__(self, paths, frames, whole=True):
         super().__init__(frames)
+        self.ends = {}  # of files that turned out shorter than their headers say: from where on there is nothing
         if not whole:
             self.paths, self.file, self.start = paths, np.arange(len(paths)), np.zeros(len(paths))
             return
@@ -261,10 +269,12 @@ class AudioFiles(Clips):
     def _seconds(path):
         """Length from the header, or the reason why there is none."""
         try:
+            if not os.path.isfile(path):
+                return "no such file"
             info = soundfile.info(_any_name(path))
-        except Exception as error:  # whatever is wrong with the file, it is this file's problem alone
+        except Exception as error:
             return f"cannot be read as sound ({_short(error)})"
-        return info.frames / info.samplerate if info.frames > 0 else "holds no samples"
+        return info.frames / info.samplerate if info.frames > 0 and info.samplerate > 0 else "holds no samples"
 
     def __len__(self):
         return len(self.file)
@@ -273,7 +283,15 @@ class AudioFiles(Clips):
         return self.paths[self.file[number]]
 
     def read(self, number):
-        return _read(self.name(number), float(self.start[number]), self.samples / SAMPLE_RATE)
+        file, start = self.file[number], float(self.start[number])
+        if start >= self.ends.get(file, math.inf):
+            raise AudioError(self.paths[file], "ends before its header says")
+        try:
+            return _read(self.paths[file], start, self.samples / SAMPLE_RATE)
+        except AudioError:
+            if start:  # a header may claim hours of clips: after the first that is not there, the others are not looked for
+                self.ends[file] = start
+            raise
 
 
 def find_audio(path):
@@ -305,10 +323,18 @@ def open_clips(path, frames, seed=0):
     return clips
 
 
+def did_you_mean(path):
+    """The name nearest to that of a path that does not exist."""
+    folder, name = os.path.split(os.path.normpath(path))
+    near = difflib.get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [], 1)
+    return f" (did you mean {printable(os.path.join(folder, near[0]))}?)" if near else ""
+
+
 def existing_audio(path):
     """As find_audio, but a path that leads to no sound is an error."""
     if not os.path.exists(path):
-        raise AudioError(path, "no such file or folder; expected a folder, a sound file, a list of files, a pack, or 'demo'")
+        raise AudioError(path, f"no such file or folder{did_you_mean(path)}; expected a folder, a sound file, a list of files, "
+                               "a pack, or 'demo'")
     paths = find_audio(path)
     if not paths:
         raise AudioError(path, f"no sound in it; looked for files ending in {' '.join(AUDIO_ENDINGS)}")
@@ -573,7 +599,7 @@ def open_labelled(path, frames, esc10=False, seed=0):
     if packed:  # the labels are where the sound was packed from
         path = packed.about["source"]
     if not os.path.isdir(path):
-        raise AudioError(path, "no such folder; expected a labelled data set, a pack of one, or 'demo'")
+        raise AudioError(path, f"no such folder{did_you_mean(path)}; expected a labelled data set, a pack of one, or 'demo'")
     for opener, signs in (
         (_esc, ["meta/esc50.csv", "audio"]),
         (_speech_commands, ["validation_list.txt", "testing_list.txt"]),

@@ -59,6 +59,16 @@ def option(default, help, **more):
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
+def check_numbers(settings):
+    """Refuse numbers that cannot be: an int is at least 1 and a float at least 0, unless its option says `least`."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.type in (int, float) and value is not None:
+            least = field.metadata.get("least", 1 if field.type is int else 0)
+            if not (least <= value < math.inf):
+                raise UsageError(f"{field.name} ({value}) must be a number" + f" of at least {least}" * (least > -math.inf))
+
+
 @dataclasses.dataclass
 class EATConfig:
     """What the model is. Every default is the released recipe's (base, AudioSet-2M)."""
@@ -82,10 +92,11 @@ class EATConfig:
     # lambda = 1 weighs two means as 1 : 192. Both terms are means here, hence 192, whatever the batch.
     utterance_weight: float = option(192.0, "lambda: weight of the utterance loss; both losses are means")
     frames: int = option(1024, "length T of a training clip, in frames of 10 ms; a multiple of 16")
-    mean: float = option(-4.268, "mean of the log-mel spectrogram (the release's for AudioSet)")
+    mean: float = option(-4.268, "mean of the log-mel spectrogram (the release's for AudioSet)", least=-math.inf)
     std: float = option(4.569, "standard deviation of the log-mel spectrogram, likewise")
 
     def __post_init__(self):
+        check_numbers(self)
         for bad, why in (
             (self.dim % self.heads, f"heads ({self.heads}) must divide dim ({self.dim})"),
             (self.dim % 4, f"dim ({self.dim}) must be a multiple of 4, for the 2-D positions"),
@@ -93,10 +104,9 @@ class EATConfig:
             (self.frames % PATCH or not PATCH <= self.frames <= 2**17, f"frames ({self.frames}) must be a multiple of "
              f"{PATCH}, at most {2**17}"),
             (self.mask_block % 2 == 0, f"mask_block ({self.mask_block}) must be odd"),
-            (min(self.depth, self.clones) < 1, "depth and clones must be at least 1"),
             (not 0 < self.visible < self.patches, f"mask_ratio ({self.mask_ratio}) must leave some of the "
              f"{self.patches} patches visible, and some masked"),
-            (self.std <= 0, f"std ({self.std}) must be positive"),
+            (self.std == 0, "std must not be 0"),
         ):
             if bad:
                 raise UsageError(why)
@@ -427,12 +437,19 @@ def take(x, index):
 
 
 def save_checkpoint(folder, state):
-    """Write folder/last.pt; the one before stays as folder/previous.pt. At every moment one of them is whole."""
+    """Write folder/last.pt; the one before stays as folder/previous.pt. At every moment one of them is whole. Raises
+    OSError, and leaves both as they were."""
     last, previous = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
-    with open(last + ".part", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    os.makedirs(folder, exist_ok=True)
+    try:
+        with open(last + ".part", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's writer has its own word for a full disk
+        with contextlib.suppress(OSError):
+            os.remove(last + ".part")
+        raise error if isinstance(error, OSError) else OSError(str(error).split("\n")[0]) from None
     if os.path.exists(last):
         os.replace(last, previous)
     os.replace(last + ".part", last)
@@ -444,12 +461,16 @@ def read_checkpoint(path):
     which also has "classes" and "multi_label". No code in a file ever runs. Raises UsageError."""
     path = str(path)
     if not os.path.exists(path):
-        raise UsageError(f"{path}: no such file; a checkpoint is the last.pt in the --out folder of a run, a fairseq .pt, "
+        raise UsageError(f"{path}: no such file{did_you_mean(path)}; a checkpoint is the last.pt in the --out folder of a run, a fairseq .pt, "
                          "or a Hugging Face folder or .safetensors")
     try:
         if os.path.isdir(path) or path.endswith(".safetensors"):
             state = read_hugging_face(path)
         else:
+            if zipfile.is_zipfile(path):  # torch writes checksums, but does not read them
+                with zipfile.ZipFile(path) as archive:
+                    if damaged := archive.testzip():
+                        raise UsageError(f"damaged: {damaged} is not what was written")
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:  # holds more than tensors and plain values
@@ -510,10 +531,25 @@ def part_of(state, prefix):
     return {name.removeprefix(prefix): tensor for name, tensor in state["model"].items() if name.startswith(prefix)}
 
 
-def find_checkpoint(folder):
-    """The newest checkpoint of a run, or None. Only a run killed between two renames has no last.pt."""
+def find_checkpoints(folder):
+    """Those of a run, the newest first. Only a run killed between two renames has no last.pt."""
     paths = (os.path.join(folder, name) for name in ("last.pt", "previous.pt"))
-    return next((path for path in paths if os.path.exists(path)), None)
+    return [path for path in paths if os.path.exists(path)]
+
+
+def newest_checkpoint(folder):
+    """The newest of a run that is whole. A newer one that is not is set aside as damaged.pt, and said to be."""
+    *newer, oldest = find_checkpoints(folder)
+    for path in newer:
+        try:
+            return read_checkpoint(path)
+        except UsageError as error:
+            print(f"warning  {error}; going on from {oldest}", file=sys.stderr)
+    state = read_checkpoint(oldest)
+    for path in newer:
+        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
+            os.replace(path, os.path.join(folder, "damaged.pt"))
+    return state
 
 
 def load_pretrained(path):
@@ -540,8 +576,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402  what is above needs torch alone and can be lifted out
 from tqdm import tqdm  # noqa: E402
 
-from data import (STATS, AudioError, Demo, clip_samples, describe_skipped, measure_stats, open_clips,  # noqa: E402
-                  spectrogram)
+from data import (STATS, AudioError, Demo, clip_samples, describe_skipped, did_you_mean, measure_stats,  # noqa: E402
+                  open_clips, spectrogram)
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -565,7 +601,7 @@ class Recipe:
     batch_size: int = option(48, "clips per update, over all processes")
     accumulate: int = option(1, "parts a process splits its share of the batch into, for less memory")
     lr: float = option(5e-4, "peak learning rate; in proportion to --batch-size unless given")
-    warmup_steps: int = option(53_333, "linear warm-up; in proportion to --steps unless given")
+    warmup_steps: int = option(53_333, "linear warm-up; in proportion to --steps unless given", least=0)
     weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
     beta1: float = option(0.9, "Adam")
     beta2: float = option(0.95, "Adam")
@@ -573,17 +609,20 @@ class Recipe:
     grad_clip: float = option(4.0, "largest norm of the gradient")
     ema_decay: float = option(0.9998, "teacher's decay tau at the start")
     ema_end_decay: float = option(0.99999, "teacher's decay tau after annealing")
-    ema_anneal_steps: int = option(100_000, "updates from one to the other; in proportion to --steps unless given")
+    ema_anneal_steps: int = option(100_000, "updates from one to the other; in proportion to --steps unless given", least=0)
     collapse_std: float = option(0.01, "stop when targets or predictions vary less than this")
     stats: str = option("audioset", "mean and std to normalise with: a data set's, or measured on --data",
                         choices=("audioset", "esc50", "spc2", "measure"))
-    seed: int = option(0, "of weights, data order, masks and noise")
-    workers: int = option(None, WORKERS_HELP)
+    seed: int = option(0, "of weights, data order, masks and noise", least=0)
+    workers: int = option(None, WORKERS_HELP, least=0)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
     precision: str = option(None, PRECISION_HELP, choices=tuple(PRECISIONS))
     compile: bool = option(None, COMPILE_HELP)
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(1000, "steps between checkpoints")
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def scaled(self, **changes):
         """The recipe with `changes`; what they do not name keeps its proportion to the steps and the batch."""
@@ -719,11 +758,11 @@ class Machine:
                     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 
-    def mean(self, values):
-        """Average of a tensor over the processes."""
+    def total(self, values):
+        """Sum of a tensor over the processes."""
         if self.world > 1:
             torch.distributed.all_reduce(values)
-        return values / self.world
+        return values
 
     def most(self, number):
         """Largest of a number over the processes."""
@@ -753,11 +792,14 @@ def add_gradients(net, config, recipe, machine, scaler, sound, step, rows):
 
 
 def update(model, optimizer, scaler, recipe, step):
-    """Update 1, 2, ... of student, decoder and teacher from the gradients -> their norm."""
+    """Update 1, 2, ... of student, decoder and teacher from the gradients -> their norm. Where that is not finite, student
+    and decoder stay as they are."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate(step)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+    # By this tensor a GradScaler tells a fused optimizer to do nothing: the host need not wait to know. It does so in float16.
+    optimizer.found_inf = (~norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -797,21 +839,37 @@ def train(config, recipe, clips, machine, resumed=None):
                 net.require_backward_grad_sync = part == recipe.accumulate - 1
             log.add(add_gradients(net, config, recipe, machine, scaler, sound, step, shares.rows(part)))
         step += 1
-        norm = update(model, optimizer, scaler, recipe, step)
-        log.add({"grad_norm": norm.nan_to_num(0, 0) if scaler.is_enabled() else norm})  # there it skips such updates
+        log.add_update(update(model, optimizer, scaler, recipe, step))
 
         look = step % recipe.log_every == 0 or step == recipe.steps
-        save = step % recipe.save_every == 0 or step == recipe.steps or stop.agree(look)
+        save = step % recipe.save_every == 0 and not log.not_finite.row  # amid such steps the weights may be spoilt
+        save = save or step == recipe.steps or stop.agree(look)
         if look or save:
             log.write(step)  # stops a run that has gone wrong, so that it is not saved
         if save and machine.rank == 0:
-            save_checkpoint(recipe.out, {
+            try_to_save(recipe.out, {
                 "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "step": step,
-                "clips": len(clips), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict()})
+                "clips": len(clips), "processes": machine.world, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
+                last=step == recipe.steps or stop.agreed)
     log.close()
     stop.restore()
     return model, start, stop.agreed if step < recipe.steps else 0
+
+
+def try_to_save(folder, state, last):
+    """Save a checkpoint; if that fails the run goes on, as the next one may succeed, unless there will be none."""
+    try:
+        save_checkpoint(folder, state)
+    except OSError as error:
+        why = f"could not save to {folder}: {error.strerror or error}; the last good checkpoint is {last_good(folder)}"
+        if last:
+            raise TrainingStopped(f"{why}. Mend that, and --resume does the steps since then again") from None
+        print(f"{why}; going on, to try again at the next one", file=sys.stderr, flush=True)
+
+
+def last_good(folder):
+    return next(iter(find_checkpoints(folder)), "none yet")
 
 
 def load_initial(model, path):
@@ -834,55 +892,113 @@ class StopSignal:
 
     def catch(self, number, frame):
         self.caught = number
-        signal.signal(number, signal.SIG_DFL)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes on what its processes had from the terminal already
+            signal.signal(number, signal.SIG_DFL)
 
     def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def agree(self, look):
-        """The signal to stop for, or 0. Several processes must stop at the same step; they ask when they `look`."""
+        """The signal to stop for, or 0. Several processes must stop at the same step; where asking makes the host wait for
+        the device they ask when they `look`."""
         if self.machine.world == 1:
             self.agreed = self.caught
-        elif look:
+        elif look or self.machine.device.type == "cpu":
             self.agreed = int(self.machine.most(self.caught))
         return self.agreed
+
+
+class JsonLines:
+    """A file of JSON, a line each. What a full disk does not take now is written with the next line."""
+
+    def __init__(self, path, keep):
+        """`keep`: which of the lines that are there already; those after the checkpoint of a resumed run will come again."""
+        self.path, self.waiting = path, b""
+        if os.path.exists(path):
+            with open(path, "rb") as file, open(path + ".part", "wb") as kept:
+                kept.writelines(line for line in file if self.whole(line) and keep(json.loads(line)))
+            os.replace(path + ".part", path)
+
+    @staticmethod
+    def whole(line):
+        return line.startswith(b"{") and line.endswith(b"}\n")
+
+    def append(self, line):
+        self.waiting += json.dumps(line).encode() + b"\n"
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(self.waiting) < len(self.waiting):
+                    file.truncate(end)
+                    raise OSError("disk full")
+            self.waiting = b""
+        except OSError as error:
+            if self.waiting.count(b"\n") == 1:
+                print(f"{self.path}: {error.strerror or error}; its lines wait until that is mended", file=sys.stderr, flush=True)
+
+
+class NotFinite:
+    """Counts the updates that did nothing, as their gradients were not finite; on the device, so that the host need not wait."""
+
+    def __init__(self, machine):
+        self.count = self.row = self.longest = torch.zeros((), device=machine.device)
+        # The scaler of float16 may need 16 such updates, halving its scale from 65536, to find the right one.
+        self.most = 26 if machine.dtype == torch.float16 else 10
+
+    def add(self, norm):
+        bad = ~norm.isfinite()
+        self.count, self.row = self.count + bad, (self.row + 1) * bad
+        self.longest = torch.maximum(self.longest, self.row)
+
+    def take(self):
+        """-> how many since the last call."""
+        count, self.count = int(self.count), torch.zeros_like(self.count)
+        return count
+
+    def check(self):
+        """Raises TrainingStopped where too many came in a row."""
+        if self.longest >= self.most:
+            raise TrainingStopped(f"the gradients were not finite {int(self.longest)} times in a row. Try a lower --lr or a longer "
+                                  "warm-up, and look for clips that are far too loud")
 
 
 class Log:
     """log.jsonl, a line every few steps with the averages since the last; and a progress bar on a terminal."""
 
     def __init__(self, recipe, step, machine):
-        self.recipe, self.machine, self.path = recipe, machine, os.path.join(recipe.out, "log.jsonl")
+        self.recipe, self.machine = recipe, machine
         self.skipped, self.named, self.last_step, self.since = {}, 0, step, time.monotonic()
-        self.sums, self.counts = {}, collections.Counter()
+        self.sums, self.counts = {}, {}
+        self.not_finite = NotFinite(machine)
         self.bar = tqdm(total=recipe.steps, initial=step, unit="step", disable=None if machine.rank == 0 else True)
-        if machine.rank == 0 and os.path.exists(self.path):  # what came after the checkpoint will come again
-            with open(self.path) as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with open(self.path, "w") as file:
-                file.writelines(lines)
+        if machine.rank == 0:
+            self.lines = JsonLines(os.path.join(recipe.out, "log.jsonl"), lambda line: line["step"] <= step)
 
     def add(self, values):
-        """Scalars of a step, summed on the device, so that it need not wait."""
+        """Scalars of a step, summed on the device, so that the host need not wait; those that are not finite left out."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-            self.counts[name] += 1
+            value = value.detach().float()
+            self.sums[name] = self.sums.get(name, 0) + value.nan_to_num(0, 0, 0)
+            self.counts[name] = self.counts.get(name, 0) + value.isfinite()
+
+    def add_update(self, norm):
+        self.add({"grad_norm": norm})
+        self.not_finite.add(norm)
 
     def write(self, step):
-        means = self.machine.mean(torch.stack([self.sums[name] / self.counts[name] for name in self.sums]))
-        values = dict(zip(self.sums, means.tolist()))
-        seconds, self.since = time.monotonic() - self.since, time.monotonic()
-        line = {"step": step, **values, "lr": self.recipe.learning_rate(step),
-                "teacher_decay": self.recipe.teacher_decay(step),
-                "clips_per_second": (step - self.last_step) * self.recipe.batch_size / seconds,
-                "skipped": len(self.skipped)}
+        sums, counts = self.machine.total(torch.stack([*self.sums.values(), *self.counts.values()])).view(2, -1).cpu()
+        values = dict(zip(self.sums, (sums / counts).tolist()))
+        steps, seconds = step - self.last_step, time.monotonic() - self.since
+        line = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()},
+                "lr": self.recipe.learning_rate(step), "teacher_decay": self.recipe.teacher_decay(step),
+                "clips_per_second": steps * self.recipe.batch_size / seconds, "skipped": len(self.skipped),
+                "not_finite": self.not_finite.take()}
         if self.machine.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            short = {name: f"{line[name]:.4g}" for name in ("loss", "frame_loss", "utterance_loss", "target_std",
-                                                            "prediction_std", "lr", "clips_per_second")}
-            self.bar.update(step - self.last_step)
+            self.lines.append(line)
+            short = {name: "none" if line[name] is None else f"{line[name]:.4g}" for name in (
+                "loss", "frame_loss", "utterance_loss", "target_std", "prediction_std", "lr", "clips_per_second")}
+            self.bar.update(steps)
             self.bar.set_postfix(short)
             every = max(self.recipe.log_every, self.recipe.steps // 40)
             if self.bar.disable and (step // every > self.last_step // every or step == self.recipe.steps):
@@ -890,22 +1006,24 @@ class Log:
             if len(self.skipped) > self.named:
                 self.bar.write(f"skipped {len(self.skipped)}: {describe_skipped(self.skipped)}", file=sys.stderr)
                 self.named = len(self.skipped)
-        self.last_step, self.sums, self.counts = step, {}, collections.Counter()
-        self.check(step, values)
+            if line["not_finite"]:
+                self.bar.write(f"step {step}: the gradients of {line['not_finite']} of the last {steps} steps were not finite, "
+                               "and changed nothing", file=sys.stderr)
+        self.last_step, self.since, self.sums, self.counts = step, time.monotonic(), {}, {}
+        try:
+            self.check(values)
+        except TrainingStopped as error:
+            self.close()
+            raise TrainingStopped(f"stopped at step {step}: {error}; the last good checkpoint is "
+                                  f"{last_good(self.recipe.out)}") from None
 
-    def check(self, step, values):
-        """Stop a run that has gone wrong."""
-        if not all(map(math.isfinite, values.values())):
-            bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-            why, what = f"not finite: {bad}", "a lower --lr, a longer --warmup-steps or a smaller --grad-clip"
-        elif min(values["target_std"], values["prediction_std"]) < self.recipe.collapse_std:
-            why = f"collapsed: target_std {values['target_std']:.2g}, prediction_std {values['prediction_std']:.2g}"
-            what = "a slower teacher (--ema-decay nearer 1), a lower --lr or a larger --batch-size"
-        else:
-            return
-        self.close()
-        raise TrainingStopped(f"stopped at step {step}, {why}. Try {what}; "
-                              f"the last good checkpoint is {find_checkpoint(self.recipe.out) or 'none yet'}")
+    def check(self, values):
+        """Stop a run that has gone wrong, before it is saved."""
+        self.not_finite.check()
+        if min(values["target_std"], values["prediction_std"]) < self.recipe.collapse_std:
+            raise TrainingStopped(
+                f"collapsed: target_std {values['target_std']:.2g}, prediction_std {values['prediction_std']:.2g}. Try a slower "
+                "teacher (--ema-decay nearer 1), a lower --lr or a larger --batch-size")
 
     def close(self):
         self.bar.close()
@@ -1294,6 +1412,9 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(word.split("=")[0], self._option_string_actions, 1) if word.startswith("--") else []
             if near and near[0] != word.rstrip(":"):
                 message += f"; did you mean {near[0]}?"
+        if choice := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(choice[1], re.findall(r"\w+", choice[2]), 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -1324,9 +1445,9 @@ def keep_settings(given, settings, may_change, out):
 def settle(given):
     """Flags -> (EATConfig, Recipe, Clips, the checkpoint to go on from or None)."""
     given = {"out": "out-demo" if given.get("data") == "demo" else Recipe.out, **given}
-    out, found = given["out"], find_checkpoint(given["out"])
+    out, found = given["out"], find_checkpoints(given["out"])
     if found and given.get("resume"):
-        resumed = read_checkpoint(found)
+        resumed = newest_checkpoint(out)
         keep_settings(given, {**resumed["config"], **resumed["recipe"]}, MAY_CHANGE, out)
         config, recipe = EATConfig(**resumed["config"]), Recipe(**resumed["recipe"])
         recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if k in MAY_CHANGE})
@@ -1404,6 +1525,9 @@ def describe(config, recipe, clips, machine, resumed):
         lines.append(f"resumed  at step {resumed['step']:,}")
         if resumed["clips"] != len(clips):
             lines.append(f"warning  the run began with {resumed['clips']:,} clips: their order changes from here on")
+        if resumed.get("processes", machine.world) != machine.world:
+            lines.append(f"note     {resumed['processes']} processes before, {machine.world} now: the same batches, masks and "
+                         "noise, shared out differently; results differ by rounding")
     elif recipe.resume:
         lines.append(f"resumed  nothing, as {recipe.out} holds no checkpoint: starting anew")
     return "\n".join(lines)
@@ -1412,13 +1536,28 @@ def describe(config, recipe, clips, machine, resumed):
 def guarded(program, job, given):
     """Run a job -> exit status. What the user can mend gets one line and 2, a run that has gone wrong one line and 1."""
     try:
-        return job(given)
-    except (UsageError, AudioError, TrainingStopped) as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingStopped) else 2
-    finally:
+        status = job(given)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        return status
+    except (UsageError, AudioError) as error:
+        said, status = error, 2
+    except (TrainingStopped, OSError) as error:
+        said, status = error, 1
+    except KeyboardInterrupt:
+        said, status = "stopped", 130
+    except (MemoryError, RuntimeError) as error:  # torch's own words, where they are about the machine and not about the code
+        said, status = str(error).split("\n")[0], 1
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
+            said = f"out of memory: {said}. Try a smaller --batch-size, --accumulate 2 or more, fewer --clones or a smaller --preset"
+        elif said.startswith("DataLoader worker"):
+            said += " Try fewer --workers; --resume goes on from the last checkpoint"
+        elif torch.distributed.is_initialized() and re.search("gloo|nccl|peer", said, re.IGNORECASE):
+            said = f"another process of the run has ended: {said}"
+        else:
+            raise
+    print(f"{program}: {said}", file=sys.stderr)
+    return status
 
 
 def main(argv=None):

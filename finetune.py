@@ -106,13 +106,16 @@ class FineTune:
     weighted: bool = option(False, "draw 200,000 clips an epoch by their sampling weights")
     neighbours: int = option(10, "k of --mode knn")
     l2: float = option(1.0, "--mode linear: penalty l2 / 2 * |w|^2 beside the summed loss")
-    seed: int = option(0, "of the head, data order and augmentation")
-    workers: int = option(None, eat.WORKERS_HELP)
+    seed: int = option(0, "of the head, data order and augmentation", least=0)
+    workers: int = option(None, eat.WORKERS_HELP, least=0)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "cpu", "mps"))
     precision: str = option(None, eat.PRECISION_HELP, choices=tuple(eat.PRECISIONS))
     compile: bool = option(None, eat.COMPILE_HELP)
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(500, "steps between checkpoints")
+
+    def __post_init__(self):
+        eat.check_numbers(self)
 
     def learning_rate(self, update):
         """Of update 1, 2, ...: linear warm-up from 0, then one cosine to min_lr at the last."""
@@ -266,7 +269,7 @@ def training_order(train, data, recipe, seed):
         weights, 200_000, replacement=True, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))]
 
 
-def fit(model, data, fold, config, recipe, machine, stop, save, resumed=None):
+def fit(model, data, fold, config, recipe, machine, stop, log, save, resumed=None):
     """Train a Classifier on one fold, calling save(step, optimizer, scaler) on the way -> whether it got to the end."""
     device, train = machine.device, data.folds[fold][0]
     number = list(data.folds).index(fold)
@@ -283,6 +286,7 @@ def fit(model, data, fold, config, recipe, machine, stop, save, resumed=None):
                               collate_fn=lambda batch: batch, pin_memory=device.type == "cuda",
                               worker_init_fn=eat.ignore_signals))
     bar = tqdm(total=recipe.steps, initial=step, desc=fold, unit="step", disable=None)
+    not_finite = eat.NotFinite(machine)
     model.train()
     while step < recipe.steps and not stop.agreed:
         rng = np.random.default_rng((recipe.seed, number, step))
@@ -305,15 +309,17 @@ def fit(model, data, fold, config, recipe, machine, stop, save, resumed=None):
         step += 1
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step) * group["scale"]
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.found_inf = (~norm.isfinite()).float()  # see eat.update
+        not_finite.add(norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if step % recipe.log_every == 0 or step == recipe.steps:
             value = loss.item()
-            if not np.isfinite(value):
-                raise eat.TrainingStopped(f"{fold}, step {step}: the loss is not finite; try a lower --lr")
-            with open(os.path.join(recipe.out, "log.jsonl"), "a") as file:
-                file.write(json.dumps({"fold": fold, "step": step, "loss": value, "lr": recipe.learning_rate(step)}) + "\n")
+            log.append({"fold": fold, "step": step, "loss": value if math.isfinite(value) else None,
+                        "lr": recipe.learning_rate(step), "not_finite": not_finite.take()})
+            not_finite.check()
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{value:.3f}")
         if stop.agree(True) or step % recipe.save_every == 0 and step < recipe.steps:
@@ -329,6 +335,8 @@ def chosen_folds(data, recipe):
 def fine_tune(data, encoder, config, recipe, machine, resumed):
     """Every fold: train, then test once -> {fold: its results}, or the number of the signal that stopped it."""
     done = resumed["done"] if resumed else {}
+    seen = {fold: recipe.steps for fold in done} | ({resumed["fold"]: resumed["step"]} if resumed else {})
+    log = eat.JsonLines(os.path.join(recipe.out, "log.jsonl"), lambda line: line["step"] <= seen.get(line["fold"], 0))
     stop = eat.StopSignal(machine)
     for fold in chosen_folds(data, recipe):
         if fold in done:
@@ -340,12 +348,13 @@ def fine_tune(data, encoder, config, recipe, machine, resumed):
             model.load_state_dict(resumed["model"])
 
         def save(step, optimizer=None, scaler=None):
-            eat.save_checkpoint(recipe.out, {
+            eat.try_to_save(recipe.out, {
                 "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe), "classes": data.classes,
                 "multi_label": data.multi_label, "fold": fold, "step": step, "done": done, "model": model.state_dict(),
-                "optimizer": optimizer and optimizer.state_dict(), "scaler": scaler and scaler.state_dict()})
+                "optimizer": optimizer and optimizer.state_dict(), "scaler": scaler and scaler.state_dict()},
+                last=stop.agreed or len(done) == len(chosen_folds(data, recipe)))
 
-        if not fit(model, data, fold, config, recipe, machine, stop, save, resumed):
+        if not fit(model, data, fold, config, recipe, machine, stop, log, save, resumed):
             return stop.agreed
         model.eval()
         tested = eat.outputs(machine.compiled(model), config, data.clips, data.folds[fold][1], machine)
@@ -601,11 +610,11 @@ def settle(given):
     """Flags -> (FineTune, EATConfig, Labelled, a function that makes the encoder, the checkpoint to go on from or None)."""
     given = {"out": f"out-{given.get('mode', FineTune.mode)}", **given}
     out = given["out"]
-    found, resumed = eat.find_checkpoint(out), None
+    found, resumed = eat.find_checkpoints(out), None
     if found and given.get("resume"):
-        resumed = eat.read_checkpoint(found)
+        resumed = eat.newest_checkpoint(out)
         if "classes" not in resumed:
-            raise UsageError(f"{found}: not a fine-tuning run")
+            raise UsageError(f"{out}: not a fine-tuning run")
         eat.keep_settings(given, resumed["recipe"], MAY_CHANGE, out)
         given = {**resumed["recipe"], **given}
     elif found or os.path.exists(os.path.join(out, "results.json")):

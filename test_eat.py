@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -518,12 +519,13 @@ def test_a_shared_batch_gives_the_same_gradients(whole_run, sounds, tmp_path, mo
 
 
 def test_a_run_that_goes_wrong_stops_and_keeps_the_last_good_checkpoint(sounds, tmp_path, capsys):
-    run = flags(sounds, tmp_path, "--save-every=1", "--lr=1e30", "--grad-clip=1e30", "--warmup-steps=0")
+    run = flags(sounds, tmp_path, "--save-every=1", "--lr=1e30", "--grad-clip=1e30", "--warmup-steps=0", "--steps=40")
     assert eat.main(run) == 1
-    said = capsys.readouterr().err
-    assert "not finite" in said and "lower --lr" in said and "last.pt" in said
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite 10 times in a row" in said and "lower --lr" in said and "last.pt" in said
     step, state = weights(tmp_path)
-    assert step >= 1 and all(x.isfinite().all() for x in state.values())
+    assert step == 1 and all(x.isfinite().all() for x in state.values())
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 11
     assert eat.main(flags(sounds, tmp_path / "2", "--collapse-std=100")) == 1
     assert "collapsed" in capsys.readouterr().err
 
@@ -539,6 +541,15 @@ def test_a_run_that_goes_wrong_stops_and_keeps_the_last_good_checkpoint(sounds, 
     (["--out={whole_run}"], "--resume"),
     (["--out={whole_run}", "--resume", "--lr=0.5"], "--lr 0.5"),
     (["--device=cuda"], "--device cuda"),
+    (["--mask-ratio=0.999"], "some of the 32 patches visible"),
+    (["--mask-ratio=nan"], "mask_ratio (nan)"),
+    (["--steps=0"], "steps (0) must be a number of at least 1"),
+    (["--heads=0"], "heads (0)"),
+    (["--lr=-1"], "lr (-1.0)"),
+    (["--workers=-1"], "workers (-1)"),
+    (["--preset=bsae"], "did you mean base?"),
+    (["--data={whole_run}/../sunds0"], "sounds0?"),
+    (["--init={whole_run}/lost.pt"], "last.pt?"),
 ])
 def test_bad_input_gets_one_line_and_status_2(wrong, says, sounds, whole_run, tmp_path, capsys):
     if torch.cuda.is_available() and wrong == ["--device=cuda"]:
@@ -547,9 +558,175 @@ def test_bad_input_gets_one_line_and_status_2(wrong, says, sounds, whole_run, tm
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken" / "a.wav").write_text("no sound")
     places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken", "whole_run": whole_run}
-    assert eat.main(flags(sounds, tmp_path / "out", *(flag.format(**places) for flag in wrong))) == 2
+    run = flags(sounds, tmp_path / "out", *(flag.format(**places) for flag in wrong))
+    try:
+        assert eat.main(run) == 2
+    except SystemExit as error:  # argparse's way
+        assert error.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and says in lines[0]
+
+
+def test_too_little_memory_is_one_line(sounds, tmp_path, capsys):
+    assert eat.main(flags(sounds, tmp_path, "--clones=1000000000")) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "out of memory" in said[0] and "fewer --clones" in said[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# eat.py: what goes wrong
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_poisoned_batch_leaves_the_weights_untouched(precision):
+    config, recipe = EATConfig(**SMALL), Recipe(batch_size=2, lr=1e-3, warmup_steps=0)
+    machine = eat.Machine(Recipe(device="cpu", precision=precision))
+    model = EAT(config)
+    optimizer, scaler = eat.make_optimizer(model, recipe), eat.make_scaler(machine)
+    not_finite = eat.NotFinite(machine)
+
+    def step(loudness):
+        sound = torch.rand(2, 10_480) * torch.tensor([[1.0], [loudness]]), torch.tensor([10_480, 10_480])
+        eat.add_gradients(model, config, recipe, machine, scaler, sound, 0, range(2))
+        not_finite.add(eat.update(model, optimizer, scaler, recipe, 1))
+
+    def state():
+        parts = {**model.student.state_dict(), **{f"decoder.{k}": v for k, v in model.decoder.state_dict().items()}}
+        for key, moments in optimizer.state_dict()["state"].items():
+            parts |= {f"{key}.{name}": value for name, value in moments.items()}
+        return {name: value.clone() for name, value in parts.items()}
+
+    step(1.0)
+    while not_finite.take():  # the scaler of float16 looks for its scale
+        step(1.0)
+    before = state()
+    step(1e30)
+    after = state()
+    assert not_finite.take() == 1 and len(before) == len(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    step(1.0)
+    assert not_finite.take() == 0 and not torch.equal(state()["cls"], before["cls"])
+    not_finite.check()
+    for _ in range(26 if precision == "float16" else 10):
+        step(1e30)
+    with pytest.raises(eat.TrainingStopped, match="in a row"):
+        not_finite.check()
+
+
+@pytest.mark.parametrize("scale, moves", [(2.0**24, True), (2.0**-40, False)], ids=["overflow", "underflow"])
+def test_the_scaler_of_float16_survives(scale, moves):
+    config, recipe = EATConfig(**SMALL), Recipe(batch_size=2, lr=1e-3, warmup_steps=0, weight_decay=0)
+    machine = eat.Machine(Recipe(device="cpu", precision="float16"))
+    model = EAT(config)
+    optimizer, scaler = eat.make_optimizer(model, recipe), torch.amp.GradScaler("cpu", init_scale=scale)
+    before, sound = model.student.cls.clone(), (torch.rand(2, 10_480), torch.tensor([10_480, 10_480]))
+    for step in range(12):
+        eat.add_gradients(model, config, recipe, machine, scaler, sound, step, range(2))
+        eat.update(model, optimizer, scaler, recipe, step + 1)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert torch.equal(model.student.cls, before) != moves
+
+
+def test_a_clip_that_is_far_too_loud_costs_its_steps_only(sounds, tmp_path, capsys):
+    folder = shutil.copytree(sounds, tmp_path / "loud")
+    soundfile.write(folder / "loud.wav", np.full(10_000, 1e30) * np.random.default_rng(0).standard_normal(10_000), 16_000, "DOUBLE")
+    assert eat.main(flags(folder, tmp_path / "out", "--stats=measure")) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert 1 <= sum(line["not_finite"] for line in lines) <= 2  # 27 clips, 32 drawn
+    assert all((line["loss"] is None) == (line["not_finite"] == 1) for line in lines)
+    assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
+    assert "changed nothing" in capsys.readouterr().err
+
+
+full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@full_disk
+def test_a_full_disk_costs_a_checkpoint_not_the_run(sounds, whole_run, tmp_path, capsys):
+    (tmp_path / "last.pt.part").symlink_to("/dev/full")  # the first checkpoint meets it
+    assert eat.main(flags(sounds, tmp_path, "--save-every=3")) == 0
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "No space left" in said[0] and "none yet; going on" in said[0]
+    assert_same_weights(tmp_path, whole_run)
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_saved_says_so(sounds, tmp_path, capsys):
+    (tmp_path / "last.pt.part" / "in the way").mkdir(parents=True)
+    assert eat.main(flags(sounds, tmp_path)) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "could not save" in said[0] and "--resume" in said[0]
+    assert eat.main(flags(sounds, "/dev/null/out")) == 2
+
+
+@full_disk
+def test_the_log_never_loses_a_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n\0\0\0\n{"step": 1, "lo')  # the end as after a power failure
+    lines = eat.JsonLines(str(path), lambda line: line["step"] <= 2)
+    disk = tmp_path / "disk"
+    path.rename(disk)
+    path.symlink_to("/dev/full")
+    lines.append({"step": 3})
+    lines.append({"step": 4})
+    path.unlink()
+    disk.rename(path)
+    lines.append({"step": 5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_deleted_folder_is_made_again(sounds, whole_run, tmp_path):
+    out = tmp_path / "out"
+    process = start("eat.py", *flags(sounds, out, "--save-every=2", "--workers=1"))
+    wait_for_step(process, out, 3)
+    shutil.rmtree(out, ignore_errors=True)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in said, said
+    assert_same_weights(out, whole_run)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, sounds, whole_run, tmp_path, capsys):
+    assert eat.main(flags(sounds, tmp_path, "--save-every=4")) == 0
+    path = tmp_path / "last.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
+    said = capsys.readouterr()
+    assert "going on from" in said.err and "previous.pt" in said.err and "resumed  at step 4" in said.out
+    assert_same_weights(tmp_path, whole_run)
+    assert (tmp_path / "damaged.pt").exists() and eat.read_checkpoint(tmp_path / "previous.pt")["step"] == 4
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"nothing")
+    assert eat.main(flags(sounds, tmp_path, "--resume")) == 2
+
+
+def test_no_flipped_bit_goes_unnoticed(whole_run, tmp_path):
+    content, rng = (whole_run / "last.pt").read_bytes(), np.random.default_rng(0)
+    whole, noticed = eat.read_checkpoint(whole_run / "last.pt"), 0
+    for place in rng.integers(len(content), size=100):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(8)
+        (tmp_path / "flipped.pt").write_bytes(flipped)
+        try:
+            state = eat.read_checkpoint(tmp_path / "flipped.pt")
+        except eat.UsageError:
+            noticed += 1
+            continue
+        assert all(torch.equal(state["model"][name], tensor) for name, tensor in whole["model"].items())  # it was padding
+        assert state["config"] == whole["config"] and state["step"] == whole["step"]
+    assert noticed > 50
+
+
+@pytest.mark.parametrize("size", [{"embed_dim": 10**9}, {"depth": 10**9}, {"mlp_ratio": 1e9}, {"img_size": [10**12, 128]},
+                                  {"num_heads": 10**9}, {"norm_eps": -1.0}, {"embed_dim": "many"}])
+def test_absurd_sizes_are_refused_before_memory_is_asked_for(size, whole_run, tmp_path):
+    eat.export(whole_run / "last.pt", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **size}))
+    with pytest.raises(eat.UsageError, match=re.escape(str(tmp_path))):
+        eat.load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("main", [eat.main, finetune.main])
