@@ -827,7 +827,7 @@ def train(config, recipe, clips, machine, resumed=None):
         clips, batch_sampler=shares, num_workers=machine.workers, collate_fn=lambda batch: batch,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     stop = StopSignal(machine)
-    log = Log(recipe, step, machine)
+    log = Log(recipe, step, machine, dict(clips.skipped))
 
     while step < recipe.steps and not stop.agreed:
         for part in range(recipe.accumulate):
@@ -966,9 +966,9 @@ class NotFinite:
 class Log:
     """log.jsonl, a line every few steps with the averages since the last; and a progress bar on a terminal."""
 
-    def __init__(self, recipe, step, machine):
-        self.recipe, self.machine = recipe, machine
-        self.skipped, self.named, self.last_step, self.since = {}, 0, step, time.monotonic()
+    def __init__(self, recipe, step, machine, skipped):
+        self.recipe, self.machine, self.skipped, self.named = recipe, machine, skipped, len(skipped)
+        self.last_step, self.since = step, time.monotonic()
         self.sums, self.counts = {}, {}
         self.not_finite = NotFinite(machine)
         self.bar = tqdm(total=recipe.steps, initial=step, unit="step", disable=None if machine.rank == 0 else True)

@@ -614,18 +614,18 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(precision):
         not_finite.check()
 
 
-@pytest.mark.parametrize("scale, moves", [(2.0**24, True), (2.0**-40, False)], ids=["overflow", "underflow"])
-def test_the_scaler_of_float16_survives(scale, moves):
-    config, recipe = EATConfig(**SMALL), Recipe(batch_size=2, lr=1e-3, warmup_steps=0, weight_decay=0)
+@pytest.mark.parametrize("scale", [2.0**24, 2.0**-40], ids=["overflow", "underflow"])
+def test_the_scaler_of_float16_survives(scale):
+    config, recipe = EATConfig(**SMALL), Recipe(batch_size=2, lr=1e-3, warmup_steps=0)
     machine = eat.Machine(Recipe(device="cpu", precision="float16"))
     model = EAT(config)
     optimizer, scaler = eat.make_optimizer(model, recipe), torch.amp.GradScaler("cpu", init_scale=scale)
     before, sound = model.student.cls.clone(), (torch.rand(2, 10_480), torch.tensor([10_480, 10_480]))
-    for step in range(12):
+    for step in range(24):
         eat.add_gradients(model, config, recipe, machine, scaler, sound, step, range(2))
         eat.update(model, optimizer, scaler, recipe, step + 1)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert torch.equal(model.student.cls, before) != moves
+    assert not torch.equal(model.student.cls, before)
 
 
 def test_a_clip_that_is_far_too_loud_costs_its_steps_only(sounds, tmp_path, capsys):
@@ -987,6 +987,99 @@ def test_what_is_no_sound_raises_the_one_error(name, tmp_path):
     (tmp_path / "folder.wav").mkdir()
     with pytest.raises(AudioError, match=name):
         load_audio(tmp_path / name)
+
+
+def damage(folder, count):
+    """`count` damaged files, mutated from real sound where there is some, and some odd but sound ones."""
+    rng = np.random.default_rng(0)
+    originals = []
+    for suffix, kind in (("wav", "PCM_16"), ("wav", "PCM_U8"), ("wav", "PCM_24"), ("wav", "DOUBLE"), ("flac", "PCM_16"),
+                         ("ogg", "VORBIS"), ("ogg", "OPUS"), ("mp3", "MPEG_LAYER_III"), ("aiff", "PCM_16"), ("au", "ULAW")):
+        for rate, channels in ((16_000, 1), (44_100, 2)):
+            path = folder / f"original.{suffix}"
+            rate = 48_000 if kind == "OPUS" else rate
+            soundfile.write(path, 0.3 * rng.standard_normal((rate // 5, channels)), rate, kind)
+            originals.append((suffix, path.read_bytes()))
+            path.unlink()
+    originals += [(path.suffix[1:], path.read_bytes()[:60_000]) for path in sorted((SHARED / "data").glob("*/audio/*"))[::400]]
+    for k in range(count):
+        suffix, content = originals[k % len(originals)]
+        content, way = bytearray(content), rng.integers(6)
+        if way == 0:  # cut
+            content = content[: rng.integers(len(content))]
+        elif way == 1:  # bits flipped anywhere
+            for place in rng.integers(len(content), size=rng.integers(1, 50)):
+                content[place] ^= 1 << rng.integers(8)
+        elif way == 2:  # a header that lies
+            for place in rng.integers(min(64, len(content)), size=rng.integers(1, 5)):
+                content[place] = rng.integers(256)
+        elif way == 3:  # its length, rate or channels, in the wav header's places, as absurd as they come
+            content[22 + (place := rng.choice([0, 2, 18])) : 26 + place] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\1\0\0\0", b"\xff\xff\0\0"])
+        elif way == 4:  # a hole
+            content[(place := rng.integers(len(content))) : place + rng.integers(1, 5000)] = b""
+        else:  # noise behind the header
+            place = rng.integers(100)
+            content[place:] = rng.bytes(max(0, len(content) - place))
+        (folder / f"{k:04}.{suffix}").write_bytes(content)
+    sound = 0.3 * rng.standard_normal(16_000)
+    for name, (samples, rate, kind) in {
+        "nan.wav": (np.where(np.arange(16_000) == 99, np.nan, sound), 16_000, "FLOAT"), "one hertz.wav": (sound, 1, "PCM_16"),
+        "inf.wav": (np.where(np.arange(16_000) == 99, np.inf, sound), 16_000, "DOUBLE"), "none.flac": (sound[:0], 16_000, "PCM_16"),
+        "beyond float32.wav": (sound * 1e300, 16_000, "DOUBLE"), "high.wav": (sound, 384_000, "PCM_24"),
+        "odd.wav": (sound, 44_101, "PCM_U8"), "many.wav": (np.tile(sound[:, None], 32), 16_000, "PCM_16"),
+        "prime.wav": (sound, 999_983, "PCM_16"), "one sample.wav": (sound[:1], 16_000, "PCM_16"), "line\nbreak.wav": (sound, 16_000, "PCM_16"),
+    }.items():
+        soundfile.write(folder / name, samples, rate, kind)
+    soundfile.write(os.fsencode(folder) + b"/not utf-8 \xff.wav", sound, 16_000)
+    (folder / "text.wav").write_text("This is not sound.")
+    (folder / "nothing.wav").touch()
+    (folder / "folder.wav").mkdir()
+    (folder / "dangling.wav").symlink_to(folder / "nowhere.wav")
+    os.mkfifo(folder / "pipe.wav")
+
+
+CORPUS = """
+import collections, resource, sys, torch, data
+folder = sys.argv[1]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+torch.set_num_threads(1)
+before, read, refused = peak(), 0, collections.Counter()
+for path in [*data.find_audio(folder), folder + "/folder.wav"]:
+    try:
+        waveform = data.load_audio(path)
+    except data.AudioError as error:
+        assert error.path == path and "\\n" not in str(error), str(error)
+        str(error).encode()
+        refused[error.reason] += 1
+    else:
+        assert waveform.dtype == torch.float32 and waveform.ndim == 1 and len(waveform) and waveform.isfinite().all()
+        read += 1
+print(read, sum(refused.values()), peak() - before)
+print(refused.most_common(8), file=sys.stderr)
+"""
+
+
+def test_a_thousand_damaged_files_harm_nothing(tmp_path, capfd):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    damage(folder, 1000)
+    said = subprocess.run([sys.executable, "-c", CORPUS, str(folder)], cwd=HERE, capture_output=True, text=True, timeout=240)
+    assert said.returncode == 0, said.stderr
+    read, refused, memory = map(int, said.stdout.split())
+    assert read > 100 and refused > 100 and read + refused == 1017 and memory < 500, said  # MiB
+
+    clips = open_clips(str(folder), 64)  # every clip, by hand: which files have something wrong with them?
+    broken = set(clips.skipped)
+    for k in range(len(clips)):
+        try:
+            clips.usable(k)
+        except AudioError as error:
+            broken.add(error.path)
+    run = flags(folder, tmp_path / "out", "--epochs=1", "--batch-size=32", "--log-every=5", "--workers=1")
+    assert eat.main([flag for flag in run if flag != "--steps=8"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["skipped"] == len(broken) > 100 and not {"nan.wav", "pipe.wav"} - {Path(path).name for path in broken}
+    assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
 
 
 def test_a_long_file_becomes_clips_that_hold_all_of_it(tmp_path):
