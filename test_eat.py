@@ -1,6 +1,7 @@
 """Every test, grouped by the file it tests:  pytest test_eat.py
 
-Those that need the released code's fixtures or real sound look for them in ../shared and skip without it.
+Those that need the released code's fixtures or real sound look for them in ../shared and skip without it. Those that take
+minutes (kills at random moments, a run of 2,000 steps) are run by  pytest -m slow test_eat.py  alone.
 """
 
 import io
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -37,7 +39,16 @@ HERE = Path(__file__).parent
 torch.set_num_threads(1)  # small models gain nothing from more, and runs compare bit by bit
 SHARED = HERE.parent / "shared"
 fixtures = pytest.mark.skipif(not (SHARED / "fixtures").exists(), reason="needs ../shared/fixtures")
+with warnings.catch_warnings():  # there is no file to register it in
+    warnings.simplefilter("ignore")
+    slow = pytest.mark.slow
 real_sound = pytest.mark.skipif(not (SHARED / "data").exists(), reason="needs ../shared/data")
+
+@pytest.fixture(autouse=True)
+def slow_only_when_asked(request):
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
+        pytest.skip("takes minutes: pytest -m slow test_eat.py")
+
 
 # The model of the fixtures, and one small enough to train in a test.
 FIXTURE = dict(dim=64, depth=3, heads=4, frames=256, clones=4, mask_noise_std=0.0, utterance_weight=1.0)
@@ -474,19 +485,75 @@ def test_a_run_learns_logs_and_leaves_an_encoder(whole_run, sounds):
     assert any(not torch.equal(teacher[name], student[name]) for name in teacher)
 
 
-def test_a_run_that_is_told_to_stop_resumes_exactly(whole_run, sounds, tmp_path):
-    """SIGTERM in the middle, then another number of loader workers: bit by bit the undisturbed run."""
+def torchrun(*arguments):
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments)
+
+
+def left_over(word):
+    """Processes, other than this one, whose command line has a word; those that are ending get a moment."""
+    for _ in range(50):
+        found = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline")
+                 if path.parent.name != str(os.getpid()) and path.exists() and str(word).encode() in path.read_bytes()]
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="looks for processes in /proc")
+
+
+@linux
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_resumes_exactly(number, status, whole_run, sounds, tmp_path):
+    """In the middle, then with another number of loader workers: bit by bit the undisturbed run."""
     run = flags(sounds, tmp_path, "--workers=2")
     process = start("eat.py", *run)
     wait_for_step(process, tmp_path, 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "--resume" in said and "Traceback" not in said, said
-    assert 2 <= weights(tmp_path)[0] < 8
+    assert process.returncode == status and "--resume" in said and "Traceback" not in said, said
+    assert 2 <= weights(tmp_path)[0] < 8 and not left_over(tmp_path)
     assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
     assert_same_weights(tmp_path, whole_run)
     lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 9))
+
+
+@linux
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_that_is_told_to_stop_saves(number, sounds, whole_run, tmp_path, capsys):
+    process = torchrun("eat.py", *flags(sounds, tmp_path, "--workers=1", "--steps=100000"))
+    wait_for_step(process, tmp_path, 2)
+    if number == signal.SIGINT:  # as a terminal does: to all its processes
+        for child in left_over_now(tmp_path):
+            os.kill(child, number)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "stopped by" in said and not left_over(tmp_path), said
+    step, _ = weights(tmp_path)
+    assert step >= 2
+    # One process goes on where two stopped, and says so.
+    torch.save({**(state := torch.load(tmp_path / "last.pt")), "recipe": {**state["recipe"], "steps": step + 2}}, tmp_path / "last.pt")
+    assert eat.main(flags(sounds, tmp_path, "--resume", f"--steps={step + 2}")) == 0
+    assert "2 processes before, 1 now" in capsys.readouterr().out and weights(tmp_path)[0] == step + 2
+
+
+def left_over_now(word):
+    """The processes that torchrun started, not itself."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline")
+            if path.parent.name != str(os.getpid()) and str(word).encode() in (line := path.read_bytes())
+            and b"torch.distributed.run" not in line]
+
+
+@linux
+def test_a_process_that_dies_ends_the_others(sounds, tmp_path):
+    process = torchrun("eat.py", *flags(sounds, tmp_path, "--steps=100000"))
+    wait_for_step(process, tmp_path, 2)
+    os.kill(left_over_now(tmp_path)[-1], signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Signal 9" in said and not left_over(tmp_path), said
+    assert "eat.py\", line" not in said, said  # no traceback but torchrun's
 
 
 def test_a_run_that_is_killed_resumes_exactly(whole_run, sounds, tmp_path):
@@ -499,6 +566,58 @@ def test_a_run_that_is_killed_resumes_exactly(whole_run, sounds, tmp_path):
     assert_same_weights(tmp_path, whole_run)
 
 
+@slow
+def test_twenty_kills_at_random_moments_change_nothing(sounds, tmp_path):
+    rng = np.random.default_rng(0)
+    run = [*flags(sounds, tmp_path / "cut", "--save-every=1", "--steps=300", "--workers=1", "--batch-size=8"), "--resume"]
+    kills = 0
+    while kills < 20:
+        process, part = start("eat.py", *run), tmp_path / "cut" / "last.pt.part"
+        began, lines = time.monotonic(), 0
+        if kills % 3 == 0:  # in start-up
+            time.sleep(rng.uniform(0, 4))
+        else:
+            log = tmp_path / "cut" / "log.jsonl"
+            before = log.stat().st_mtime if log.exists() else 0
+            while process.poll() is None and not (log.exists() and log.stat().st_mtime > before):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.5))
+            while kills % 3 == 1 and process.poll() is None and not part.exists():  # in a checkpoint write
+                pass
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+    assert kills == 20, process.communicate()[0]
+    assert eat.main([flag for flag in run if flag != "--workers=1"]) == 0
+    assert eat.main(flags(sounds, tmp_path / "whole", "--save-every=1", "--steps=300", "--batch-size=8")) == 0
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    steps = [[json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("cut", "whole")]
+    assert steps[0] == steps[1] == list(range(1, 301))
+
+
+@slow
+@linux
+def test_a_long_run_is_flat(sounds, tmp_path):
+    """2,000 steps: memory of the main process and its worker, open files, lines of the log."""
+    process = start("eat.py", *flags(sounds, tmp_path, "--steps=2000", "--workers=1", "--save-every=100"))
+    seen = {}
+    for step in (500, 1990):
+        wait_for_step(process, tmp_path, step)
+        seen[step] = []
+        for number in sorted(int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()):
+            if number != os.getpid():
+                memory = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{number}/status").read_text())[1]) / 1024
+                seen[step].append((memory, len(os.listdir(f"/proc/{number}/fd"))))
+    assert process.wait(timeout=60) == 0
+    print(seen)
+    assert len(seen[500]) == len(seen[1990]) == 2
+    for (early, files), (late, files_late) in zip(seen[500], seen[1990]):
+        assert late < early + 10 and files_late <= files + 2  # MiB
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 2001))
+
+
 @pytest.mark.parametrize("more", [["--accumulate=2"], []], ids=["accumulated", "two processes"])
 def test_a_shared_batch_gives_the_same_gradients(whole_run, sounds, tmp_path, more):
     """One step: Adam's first moment is (1 - beta1) x the gradient, mask and noise included."""
@@ -508,8 +627,7 @@ def test_a_shared_batch_gives_the_same_gradients(whole_run, sounds, tmp_path, mo
     if more:
         assert eat.main(flags(sounds, two, *step, *more)) == 0
     else:
-        process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eat.py",
-                        *flags(sounds, two, *step))
+        process = torchrun("eat.py", *flags(sounds, two, *step))
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
     moments = [torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"] for out in (one, two)]
@@ -1573,6 +1691,44 @@ def test_fine_tuning_resumes_exactly_across_folds(esc, whole_run, tmp_path):
         time.sleep(0.005)
     process.communicate()
     assert fine(esc, tmp_path / "cut", *run, "--resume", "--workers=1") == 0
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("cut", "whole")]
+    assert results[0] == results[1]
+
+
+@linux
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_fine_tuning_that_is_told_to_stop_resumes_exactly(number, status, esc, whole_run, tmp_path):
+    run = [f"--checkpoint={whole_run}/last.pt", "--frames=64", "--steps=12"]
+    assert fine(esc, tmp_path / "whole", *run) == 0
+    process = start("finetune.py", f"--data={esc}", f"--out={tmp_path}/cut", *FINE, *run, "--workers=2")
+    wait_for_step(process, tmp_path / "cut", 14)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == status and "--resume" in said and "Traceback" not in said, said
+    assert not left_over(f"{tmp_path}/cut")
+    assert fine(esc, tmp_path / "cut", *run, "--resume") == 0
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    logs = [[{**json.loads(line)} for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("cut", "whole")]
+    assert logs[0] == logs[1] and len(logs[0]) == 24
+
+
+@slow
+def test_ten_kills_of_fine_tuning_change_nothing(esc, whole_run, tmp_path):
+    rng, kills = np.random.default_rng(0), 0
+    run = [f"--checkpoint={whole_run}/last.pt", "--frames=64", "--steps=150", "--save-every=1"]
+    while kills < 10:
+        process = start("finetune.py", f"--data={esc}", f"--out={tmp_path}/cut", *FINE, *run, "--resume")
+        log = tmp_path / "cut" / "log.jsonl"
+        before = log.stat().st_mtime if log.exists() else 0
+        while kills % 4 and process.poll() is None and not (log.exists() and log.stat().st_mtime > before):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 1 if kills % 4 else 4))
+        assert process.poll() is None, process.communicate()[0]
+        process.kill()
+        process.communicate()
+        kills += 1
+    assert fine(esc, tmp_path / "cut", *run, "--resume") == 0 and fine(esc, tmp_path / "whole", *run) == 0
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("cut", "whole")]
     assert results[0] == results[1]
