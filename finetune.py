@@ -654,6 +654,8 @@ def settle(given):
 
 def train_or_probe(given):
     """The main job -> exit status."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     recipe, config, data, encoder, resumed = settle(given)
     machine = eat.Machine(recipe, data.clips.packed)
     eat.make_folder(recipe.out)

@@ -507,8 +507,7 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="loo
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_told_to_stop_resumes_exactly(number, status, whole_run, sounds, tmp_path):
     """In the middle, then with another number of loader workers: bit by bit the undisturbed run."""
-    run = flags(sounds, tmp_path, "--workers=2")
-    process = start("eat.py", *run)
+    process = start("eat.py", *flags(sounds, tmp_path, "--workers=2", "--save-every=1"))
     wait_for_step(process, tmp_path, 2)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
@@ -755,6 +754,17 @@ def test_a_clip_that_is_far_too_loud_costs_its_steps_only(sounds, tmp_path, caps
     assert all((line["loss"] is None) == (line["not_finite"] == 1) for line in lines)
     assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
     assert "changed nothing" in capsys.readouterr().err
+
+
+def test_a_run_whose_sound_goes_away_is_saved(sounds, whole_run, tmp_path, capsys):
+    folder = shutil.copytree(sounds, tmp_path / "sound")
+    process = start("eat.py", *flags(folder, tmp_path / "out", "--steps=100000"))
+    wait_for_step(process, tmp_path / "out", 3)
+    folder.rename(tmp_path / "unmounted")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "no clip can be used any more" in said and "Traceback" not in said, said
+    steps = len((tmp_path / "out" / "log.jsonl").read_text().splitlines())
+    assert weights(tmp_path / "out")[0] == steps >= 3  # nothing computed is lost
 
 
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
