@@ -9,7 +9,6 @@
 the model eats.
 """
 
-import argparse
 import concurrent.futures
 import csv
 import dataclasses
@@ -385,10 +384,11 @@ def pack(source, out, workers):
             if json.load(file) != about:
                 raise AudioError(out, f"holds a pack of other files than {source} has now; choose another folder")
     else:
-        if os.listdir(out):
+        if set(os.listdir(out)) - {"pack.json.part"}:
             raise AudioError(out, "not empty; choose another folder")
-        with open(head, "w") as file:
+        with open(head + ".part", "w") as file:
             json.dump(about, file)
+        os.replace(head + ".part", head)
 
     samples, name, index, skipped = (open(os.path.join(out, part), "ab") for part in ("samples", "names", "index", "skipped.jsonl"))
     with samples, name, index, skipped:
@@ -398,6 +398,8 @@ def pack(source, out, workers):
         ends = [int(last[part][0]) if done else 0 for part in ("samples", "name")]
         samples.truncate(2 * ends[0])
         name.truncate(ends[1])
+        with open(skipped.name, "rb") as file:
+            skipped.truncate(file.read().rfind(b"\n") + 1)
         loader = DataLoader(_Decoded(paths[done:]), batch_size=PACK_BATCH, num_workers=workers, collate_fn=lambda batch: batch)
         bar = tqdm(total=len(paths), initial=done, desc="packing", unit="file", disable=None)
         for batch in loader:
@@ -832,7 +834,9 @@ def bench(path, frames, count):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", description="Sound as EAT reads it.", allow_abbrev=False)
+    from eat import Parser  # not at the top: eat.py imports this file
+
+    parser = Parser(prog="data.py", description="Sound as EAT reads it.")
     commands = parser.add_subparsers(dest="command", required=True)
     shower = commands.add_parser("show", help="draw a clip: waveform, spectrogram, patches, four masks")
     shower.add_argument("clip", help="a sound file, or 'demo'")
@@ -855,12 +859,13 @@ def main(argv=None):
             pack(args.path, args.out, args.workers)
         else:
             bench(args.path, args.frames, args.clips)
-    except (AudioError, OSError) as error:
+    except AudioError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("data.py: stopped" + "; the same command goes on from here" * (args.command == "pack"), file=sys.stderr)
-        return 130
+    except (OSError, KeyboardInterrupt) as error:
+        again = "; the same command goes on from here" * (args.command == "pack")
+        print(f"data.py: {error if isinstance(error, OSError) else 'stopped'}{again}", file=sys.stderr)
+        return 2 if isinstance(error, OSError) else 130
     return 0
 
 

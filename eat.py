@@ -1108,6 +1108,16 @@ def step_flops(config, clips):
     return 2 * clips * (embed + encoder(1 + N) + 3 * embed + 3 * config.clones * (encoder(1 + K) + decoder))
 
 
+def seconds(work, machine, times=1):
+    """Of one call, on the average of some in a row."""
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
+
+
 def bench(given):
     """Time the training step on random sound, and what it is made of, beside a large matrix product."""
     given = {"preset": "base", "steps": 10, **given}
@@ -1115,45 +1125,60 @@ def bench(given):
     machine = Machine(Recipe(**fields_of(Recipe, given)))
     cuda = machine.device.type == "cuda"
     recipe = Recipe(**{"batch_size": 12 if cuda else 1, **fields_of(Recipe, given)})
-    B, grid = recipe.batch_size, (config.frames // PATCH, MEL_BINS // PATCH)
+    B, samples = recipe.batch_size, clip_samples(config.frames)
     torch.manual_seed(recipe.seed)
     model = EAT(config).to(machine.device)
     net, optimizer, scaler = machine.wrap(model), make_optimizer(model, recipe), make_scaler(machine)
-    sound = 0.1 * torch.randn(B, clip_samples(config.frames)), torch.full((B,), clip_samples(config.frames))
-
-    def seconds(work, times=1):
-        """Of one call, on the average of some in a row."""
-        start = time.perf_counter()
-        for _ in range(times):
-            work()
-        torch.cuda.synchronize() if cuda else None
-        return (time.perf_counter() - start) / times
+    sound = [x.to(machine.device) for x in (0.1 * torch.randn(B, samples), torch.full((B,), samples))]
 
     def step():
         add_gradients(net, config, recipe, machine, scaler, sound, 0, range(B))
         update(model, optimizer, scaler, recipe, 1)
 
+    for _ in range(3):
+        seconds(step, machine)
+    memory = peak_memory(machine)
     size = 8192 if cuda else 2048
     square = torch.randn(size, size, device=machine.device)
     squares = (square.to(machine.dtype), square)
-    for _ in range(3):
-        seconds(step)
     rounds = []  # in turn, as other work on the machine comes and goes
     for _ in tqdm(range(5), "bench", disable=None, leave=False):
-        rounds.append([2 * size**3 / seconds(lambda x=x: x @ x, 5) for x in squares]
-                      + [seconds(step, max(1, recipe.steps // 5))])
+        rounds.append([2 * size**3 / seconds(lambda x=x: x @ x, machine, 5) for x in squares]
+                      + [seconds(step, machine, max(1, recipe.steps // 5))])
     rate, rate32, taken = np.median(rounds, axis=0).tolist()
-    share = np.median([step_flops(config, B) / took / product for product, _, took in rounds]).item()
-    if cuda:
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        import resource  # not on Windows
+    flops = step_flops(config, B)
+    share = np.median([flops / took / product for product, _, took in rounds]).item()
+    parts = time_parts(model, net, optimizer, config, recipe, machine, sound)
+    device = torch.cuda.get_device_name() if cuda else f"{machine.device}, {torch.get_num_threads()} threads"
+    result = {
+        "device": device, "precision": str(machine.dtype).split(".")[1], "compiled": machine.compile, "torch": torch.__version__,
+        "preset": given["preset"], "dim": config.dim, "depth": config.depth, "frames": config.frames, "clones": config.clones,
+        "batch_size": B, "matrix_tflops": rate / 1e12, "float32_matrix_tflops": rate32 / 1e12, "seconds_per_step": taken,
+        "clips_per_second": B / taken, "model_tflops": flops / taken / 1e12, "share_of_matrix_rate": share,
+        "peak_memory_gib": memory / 2**30, "parts": parts,
+    }
+    print(f"machine   {device}; {result['precision']}, {'' if machine.compile else 'not '}compiled; torch {torch.__version__}\n"
+          f"model     {given['preset']}: D {config.dim}, {config.depth} blocks; {B} clips of {config.frames / 100:.2f} s x "
+          f"{config.clones} clones; peak memory {memory / 2**30:.1f} GiB\n"
+          f"matrix    {rate / 1e12:.3f} TFLOP/s, a product of {size} x {size}; in float32 {rate32 / 1e12:.3f}\n"
+          f"step      {taken:.3f} s, {B / taken:.3g} clips/s, {flops / taken / 1e12:.3f} TFLOP/s: {share:.0%} of the matrix rate\n"
+          "parts     " + ", ".join(f"{name} {part:.1%}" for name, part in parts.items()) + "\n" + json.dumps(result))
+    return 0
 
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    # Every part by itself, on the same inputs.
-    waveforms, lengths = (x.to(machine.device) for x in sound)
-    x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
+def peak_memory(machine):
+    """Bytes: on the GPU, or of this process."""
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def time_parts(model, net, optimizer, config, recipe, machine, sound):
+    """The parts of a step, each timed by itself on the same inputs -> their shares of the sum."""
+    B, grid = recipe.batch_size, (config.frames // PATCH, MEL_BINS // PATCH)
+    x = spectrogram(*sound, config.frames, config.mean, config.std)
     mask, noise = draw_views(config, recipe, 0, range(B), machine.device)
     visible, masked = split_mask(mask, config.visible)
     targets, student, decode = map(machine.compiled, (model.targets, model.student, model.decode))
@@ -1168,37 +1193,22 @@ def bench(given):
 
     forward = in_precision(net, x, mask, noise)
     works = {
-        "fbank": lambda: spectrogram(waveforms, lengths, config.frames, config.mean, config.std),
+        "fbank": lambda: spectrogram(*sound, config.frames, config.mean, config.std),
         "masks, noise": lambda: draw_views(config, recipe, 0, range(B), machine.device),
-        "teacher": in_precision(targets, x), "student": in_precision(student, x, visible),
+        "teacher": in_precision(targets, x),
+        "student": in_precision(student, x, visible),
         "decoder": in_precision(decode, tokens, visible, grid, noise, masked.flatten(0, 1)),
-        "forward": forward, "forward and backward": lambda: forward()["loss"].backward(),
+        "forward": forward,
+        "backward": lambda: forward()["loss"].backward(),
         "optimizer": lambda: (nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip), optimizer.step()),
-        "EMA": lambda: model.update_teacher(0.999),
+        "EMA": lambda: model.update_teacher(recipe.ema_decay),
     }
     parts = {}
     for name, work in works.items():
-        seconds(work)
-        parts[name] = np.median([seconds(work) for _ in range(5)]).item()
-    forward_alone = parts.pop("forward")
-    parts["backward"] = max(0.0, parts.pop("forward and backward") - forward_alone)
-    whole = sum(parts.values())
-    device = torch.cuda.get_device_name() if cuda else f"{machine.device}, {torch.get_num_threads()} threads"
-    result = {
-        "device": device, "precision": str(machine.dtype).split(".")[1], "compiled": machine.compile, "torch": torch.__version__,
-        "preset": given["preset"], "dim": config.dim, "depth": config.depth, "frames": config.frames, "clones": config.clones,
-        "batch_size": B, "matrix_tflops": rate / 1e12, "float32_matrix_tflops": rate32 / 1e12, "seconds_per_step": taken, "clips_per_second": B / taken,
-        "model_tflops": step_flops(config, B) / taken / 1e12, "share_of_matrix_rate": share, "peak_memory_gib": memory / 2**30,
-        "parts": {name: part / whole for name, part in parts.items()},
-    }
-    print(f"machine   {device}; {result['precision']}, {'' if machine.compile else 'not '}compiled; torch {torch.__version__}\n"
-          f"model     {given['preset']}: D {config.dim}, {config.depth} blocks; {B} clips of {config.frames / 100:.2f} s x "
-          f"{config.clones} clones; peak memory {memory / 2**30:.1f} GiB\n"
-          f"matrix    {rate / 1e12:.3f} TFLOP/s, a product of {size} x {size}; in float32 {rate32 / 1e12:.3f}\n"
-          f"step      {taken:.3f} s, {B / taken:.3g} clips/s, {result['model_tflops']:.3f} TFLOP/s: "
-          f"{share:.0%} of the matrix rate\n"
-          "parts     " + ", ".join(f"{name} {part:.1%}" for name, part in result["parts"].items()) + "\n" + json.dumps(result))
-    return 0
+        seconds(work, machine)
+        parts[name] = np.median([seconds(work, machine) for _ in range(5)]).item()
+    parts["backward"] = max(0.0, parts["backward"] - parts.pop("forward"))
+    return {name: part / sum(parts.values()) for name, part in parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Those that need the released code's fixtures or real sound look for them in ../s
 minutes (kills at random moments, a run of 2,000 steps) are run by  pytest -m slow test_eat.py  alone.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -489,15 +490,24 @@ def torchrun(*arguments):
     return start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments)
 
 
+def processes(word):
+    """Those, other than this one and torchrun itself, whose command line has a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            line = path.read_bytes()
+            if str(word).encode() in line and b"torch.distributed.run" not in line and path.parent.name != str(os.getpid()):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
 def left_over(word):
-    """Processes, other than this one, whose command line has a word; those that are ending get a moment."""
+    """Those that are still there after a moment to end in."""
     for _ in range(50):
-        found = [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline")
-                 if path.parent.name != str(os.getpid()) and path.exists() and str(word).encode() in path.read_bytes()]
-        if not found:
+        if not processes(word):
             break
         time.sleep(0.1)
-    return found
+    return processes(word)
 
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="looks for processes in /proc")
@@ -525,7 +535,7 @@ def test_torchrun_that_is_told_to_stop_saves(number, sounds, whole_run, tmp_path
     process = torchrun("eat.py", *flags(sounds, tmp_path, "--workers=1", "--steps=100000"))
     wait_for_step(process, tmp_path, 2)
     if number == signal.SIGINT:  # as a terminal does: to all its processes
-        for child in left_over_now(tmp_path):
+        for child in processes(tmp_path):
             os.kill(child, number)
     process.send_signal(number)
     said, _ = process.communicate(timeout=60)
@@ -533,23 +543,18 @@ def test_torchrun_that_is_told_to_stop_saves(number, sounds, whole_run, tmp_path
     step, _ = weights(tmp_path)
     assert step >= 2
     # One process goes on where two stopped, and says so.
-    torch.save({**(state := torch.load(tmp_path / "last.pt")), "recipe": {**state["recipe"], "steps": step + 2}}, tmp_path / "last.pt")
+    state = torch.load(tmp_path / "last.pt")
+    state["recipe"]["steps"] = step + 2
+    torch.save(state, tmp_path / "last.pt")
     assert eat.main(flags(sounds, tmp_path, "--resume", f"--steps={step + 2}")) == 0
     assert "2 processes before, 1 now" in capsys.readouterr().out and weights(tmp_path)[0] == step + 2
-
-
-def left_over_now(word):
-    """The processes that torchrun started, not itself."""
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline")
-            if path.parent.name != str(os.getpid()) and str(word).encode() in (line := path.read_bytes())
-            and b"torch.distributed.run" not in line]
 
 
 @linux
 def test_a_process_that_dies_ends_the_others(sounds, tmp_path):
     process = torchrun("eat.py", *flags(sounds, tmp_path, "--steps=100000"))
     wait_for_step(process, tmp_path, 2)
-    os.kill(left_over_now(tmp_path)[-1], signal.SIGKILL)
+    os.kill(processes(tmp_path)[-1], signal.SIGKILL)
     said, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "Signal 9" in said and not left_over(tmp_path), said
     assert "eat.py\", line" not in said, said  # no traceback but torchrun's
@@ -605,10 +610,9 @@ def test_a_long_run_is_flat(sounds, tmp_path):
     for step in (500, 1990):
         wait_for_step(process, tmp_path, step)
         seen[step] = []
-        for number in sorted(int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in path.read_bytes()):
-            if number != os.getpid():
-                memory = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{number}/status").read_text())[1]) / 1024
-                seen[step].append((memory, len(os.listdir(f"/proc/{number}/fd"))))
+        for number in processes(tmp_path):
+            memory = int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{number}/status").read_text())[1]) / 1024
+            seen[step].append((memory, len(os.listdir(f"/proc/{number}/fd"))))
     assert process.wait(timeout=60) == 0
     print(seen)
     assert len(seen[500]) == len(seen[1990]) == 2
@@ -863,6 +867,10 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(main, capsys):
         main(["--data=demo", "--stepz=3"])
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and "\n" not in said and "did you mean --steps?" in said
+    with pytest.raises(SystemExit) as stop:
+        data.main(["show", "x.wav", "--sede=1"])
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "\n" not in said and "--sede=1" in said
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -1129,7 +1137,8 @@ def damage(folder, count):
             soundfile.write(path, 0.3 * rng.standard_normal((rate // 5, channels)), rate, kind)
             originals.append((suffix, path.read_bytes()))
             path.unlink()
-    originals += [(path.suffix[1:], path.read_bytes()[:60_000]) for path in sorted((SHARED / "data").glob("*/audio/*"))[::400]]
+    real = sorted((SHARED / "data").glob("*/audio/*"))[::400]
+    originals += [(path.suffix[1:], path.read_bytes()[:60_000]) for path in real]
     for k in range(count):
         suffix, content = originals[k % len(originals)]
         content, way = bytearray(content), rng.integers(6)
@@ -1142,7 +1151,8 @@ def damage(folder, count):
             for place in rng.integers(min(64, len(content)), size=rng.integers(1, 5)):
                 content[place] = rng.integers(256)
         elif way == 3:  # its length, rate or channels, in the wav header's places, as absurd as they come
-            content[22 + (place := rng.choice([0, 2, 18])) : 26 + place] = rng.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\1\0\0\0", b"\xff\xff\0\0"])
+            place = rng.choice([22, 24, 40])
+            content[place : place + 4] = int(rng.choice([2**32 - 1, 2**16 - 1, 1, 0])).to_bytes(4, "little")
         elif way == 4:  # a hole
             content[(place := rng.integers(len(content))) : place + rng.integers(1, 5000)] = b""
         else:  # noise behind the header
@@ -1155,7 +1165,8 @@ def damage(folder, count):
         "inf.wav": (np.where(np.arange(16_000) == 99, np.inf, sound), 16_000, "DOUBLE"), "none.flac": (sound[:0], 16_000, "PCM_16"),
         "beyond float32.wav": (sound * 1e300, 16_000, "DOUBLE"), "high.wav": (sound, 384_000, "PCM_24"),
         "odd.wav": (sound, 44_101, "PCM_U8"), "many.wav": (np.tile(sound[:, None], 32), 16_000, "PCM_16"),
-        "prime.wav": (sound, 999_983, "PCM_16"), "one sample.wav": (sound[:1], 16_000, "PCM_16"), "line\nbreak.wav": (sound, 16_000, "PCM_16"),
+        "prime.wav": (sound, 999_983, "PCM_16"), "one sample.wav": (sound[:1], 16_000, "PCM_16"),
+        "line\nbreak.wav": (sound, 16_000, "PCM_16"),
     }.items():
         soundfile.write(folder / name, samples, rate, kind)
     soundfile.write(os.fsencode(folder) + b"/not utf-8 \xff.wav", sound, 16_000)
@@ -1336,8 +1347,9 @@ def test_packing_goes_on_where_it_was_stopped(several, tmp_path, monkeypatch, ca
     assert eat.main(flags(cut, tmp_path / "out")) == 2
     assert "2 of 6 files are packed" in capsys.readouterr().err
     monkeypatch.undo()
-    with open(cut / "samples", "ab") as file:  # killed between the samples and the index
-        file.write(b"half a file")
+    for name in ("samples", "names", "skipped.jsonl"):  # killed between these and the index
+        with open(cut / name, "ab") as file:
+            file.write(b"half a file")
     pack(several, cut)
     for name in ("samples", "names", "index", "pack.json", "skipped.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
