@@ -750,39 +750,65 @@ def describe_few(names, most=3):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def show(clip, out, seed=0):
-    """Draw the first 10 s of a sound file: waveform, spectrogram with its patches, and four of its masks."""
+def pyplot():
+    """matplotlib, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_spectrogram(axes, image, labels=True):
+    """(128, T) mel bins x frames, or with a last axis of colours, on axes of seconds and hertz."""
+    seconds, whole = image.shape[1] * SHIFT / SAMPLE_RATE, np.asarray(image)  # with what a mask hides
+    axes.imshow(image, origin="lower", aspect="auto", extent=(0, seconds, 0, MEL_BINS), cmap="magma", interpolation="nearest",
+                vmin=whole.min(), vmax=whole.max())
+    if not labels:
+        axes.set(xticks=[], yticks=[])
+        return
+    hertz = [125, 500, 1000, 2000, 4000]
+    low, place, high = (1127 * np.log1p(np.array(f) / 700) for f in (20, hertz, 8000))  # Kaldi's mel scale
+    axes.set_yticks((place - low) / (high - low) * (MEL_BINS + 1) - 0.5, hertz)
+    axes.set(xlabel="seconds", ylabel="hertz")
+
+
+def first_clip(path, frames, mean, std, seed=0):
+    """The beginning of a sound file -> its waveform, and its spectrogram (1, 1, T, 128), T as long as the sound, in whole
+    patches, and `frames` at most."""
+    waveform = as_float(open_clips(path, frames, seed).usable(0))
+    frames = max(2, math.ceil(((len(waveform) - WINDOW) // SHIFT + 1) / 16)) * 16  # a patch is 16 frames
+    return waveform, spectrogram(waveform[None], torch.tensor([len(waveform)]), frames, mean, std)
+
+
+def show(clip, out, seed=0):
+    """Draw the first 10 s of a sound file: waveform, spectrogram with its patches, and what four clones see of it with each
+    kind of mask."""
     from eat import PATCH, EATConfig, draw_masks  # not at the top: eat.py imports this file
 
-    waveform = as_float(open_clips(clip, 256 if clip == "demo" else 1024, seed).usable(0))
-    frames = math.ceil(max(1, (len(waveform) - WINDOW) // SHIFT + 1) / PATCH) * PATCH
-    config = EATConfig(frames=max(frames, 2 * PATCH))
-    image = spectrogram(waveform[None], torch.tensor([len(waveform)]), config.frames, config.mean, config.std)[0, 0].T.numpy()
-    grid = (config.frames // PATCH, MEL_BINS // PATCH)
-    masks = draw_masks(config, 1, grid, generator=torch.Generator().manual_seed(seed))[0].view(-1, *grid)
-
-    figure = plt.figure(figsize=(12, 8), layout="constrained")
-    rows = figure.add_gridspec(3, 4)
-    seconds = config.frames / 100
+    plt = pyplot()
+    waveform, x = first_clip(clip, 256 if clip == "demo" else 1024, *STATS["audioset"], seed)
+    image, frames = x[0, 0].T.numpy(), x.shape[2]
+    grid, seconds = (frames // PATCH, MEL_BINS // PATCH), frames / 100
+    figure = plt.figure(figsize=(12, 11), layout="constrained")
+    rows = figure.add_gridspec(5, 4, height_ratios=(0.6, 1, 0.8, 0.8, 0.8))
     axes = figure.add_subplot(rows[0, :])
     axes.plot(np.arange(len(waveform)) / SAMPLE_RATE, waveform, linewidth=0.5)
-    axes.set(xlim=(0, seconds), xlabel="seconds", title=os.path.basename(clip))
-    look = {"origin": "lower", "aspect": "auto", "extent": (0, seconds, 0, MEL_BINS), "cmap": "magma"}
+    axes.set(xlim=(0, seconds), xlabel="seconds", title=printable(os.path.basename(clip)))
     axes = figure.add_subplot(rows[1, :])
-    axes.imshow(image, **look)
-    axes.set(xlabel="seconds", ylabel="mel bin", title=f"log-mel spectrogram: {grid[0]} x {grid[1]} patches")
+    draw_spectrogram(axes, image)
+    axes.set_title(f"log-mel spectrogram, {grid[0]} x {grid[1]} patches")
     axes.vlines(np.arange(1, grid[0]) * PATCH / 100, 0, MEL_BINS, color="white", linewidth=0.4)
     axes.hlines(np.arange(1, grid[1]) * PATCH, 0, seconds, color="white", linewidth=0.4)
-    for k in range(4):
-        axes = figure.add_subplot(rows[2, k])
-        hidden = masks[k].T.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).numpy()
-        axes.imshow(np.ma.masked_array(image, hidden), **look)
-        axes.set(facecolor="lightgray", xticks=[], yticks=[], title=f"clone {k + 1}: {config.visible} patches visible")
+    for row, kind in enumerate(("inverse_block", "block", "random"), 2):
+        config = EATConfig(frames=frames, masking=kind)
+        masks = draw_masks(config, 1, grid, generator=torch.Generator().manual_seed(seed))[0].view(-1, *grid)
+        for k in range(4):
+            axes = figure.add_subplot(rows[row, k])
+            hidden = masks[k].T.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).numpy()
+            draw_spectrogram(axes, np.ma.masked_array(image, hidden), labels=False)
+            axes.set(facecolor="lightgray", title=f"{kind.replace('_', ' ')} mask, clone {k + 1}")
     figure.savefig(out, dpi=100)
     plt.close(figure)
 
@@ -838,7 +864,7 @@ def main(argv=None):
 
     parser = Parser(prog="data.py", description="Sound as EAT reads it.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shower = commands.add_parser("show", help="draw a clip: waveform, spectrogram, patches, four masks")
+    shower = commands.add_parser("show", help="draw a clip: waveform, spectrogram, patches, masks")
     shower.add_argument("clip", help="a sound file, or 'demo'")
     shower.add_argument("--out", default="clip.png", help="the picture [clip.png]")
     shower.add_argument("--seed", type=int, default=0, help="of the masks [0]")

@@ -577,7 +577,7 @@ from torch.utils.data import DataLoader  # noqa: E402  what is above needs torch
 from tqdm import tqdm  # noqa: E402
 
 from data import (STATS, AudioError, Demo, clip_samples, describe_skipped, did_you_mean, measure_stats,  # noqa: E402
-                  open_clips, spectrogram)
+                  open_clips, pyplot, spectrogram)
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -1031,6 +1031,32 @@ class Log:
 
     def close(self):
         self.bar.close()
+
+
+def plot(out):
+    """Draw the learning curves of a run from its log.jsonl -> the picture's path."""
+    path = os.path.join(out, "log.jsonl")
+    if not os.path.exists(path):
+        raise UsageError(f"{path}: no such file; a run writes it into its --out folder")
+    with open(path, "rb") as file:
+        lines = [json.loads(line) for line in file if JsonLines.whole(line)]
+    panels = {"loss": ("frame_loss", "utterance_loss"), "standard deviation": ("target_std", "prediction_std"),
+              "gradient norm": ("grad_norm",), "learning rate": ("lr",), "teacher decay": ("teacher_decay",),
+              "clips a second": ("clips_per_second",)}
+    plt = pyplot()
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axes, (title, names) in zip(grid.flat, panels.items()):
+        for name in names:
+            known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            axes.plot(*zip(*known), label=name.replace("_", " ")) if known else None
+        axes.set(title=title, xlabel="step", yscale="log" if title in ("loss", "gradient norm") else "linear")
+        if axes.get_yscale() == "linear":
+            axes.yaxis.set_major_formatter("{x:.5g}")
+        axes.legend() if len(names) > 1 else None
+    picture = os.path.join(out, "log.png")
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1581,6 +1607,7 @@ def main(argv=None):
         prog="eat.py", description="Pre-train an EAT on a folder of sound.",
         epilog="examples:\n  python eat.py --data demo\n  python eat.py --data path/to/sound --preset tiny\n"
                "  python eat.py export out/last.pt FOLDER      as config.json and model.safetensors\n"
+               "  python eat.py plot out                       its learning curves, as out/log.png\n"
                "  python eat.py bench --preset base            how fast is a training step here?")
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["export"]:
@@ -1588,6 +1615,10 @@ def main(argv=None):
         parser.add_argument("checkpoint", help="ours, or the release's")
         parser.add_argument("folder", help="where to write it")
         return guarded("eat.py", lambda args: print(export(args.checkpoint, args.folder)) or 0, parser.parse_args(argv[1:]))
+    if argv[:1] == ["plot"]:
+        parser = Parser(prog="eat.py plot", description=plot.__doc__)
+        parser.add_argument("out", help="the --out folder of a run")
+        return guarded("eat.py", lambda args: print(plot(args.out)) or 0, parser.parse_args(argv[1:]))
     if argv[:1] == ["bench"]:
         parser = Parser(prog="eat.py bench", description=bench.__doc__)
         add_flags(parser, Recipe, EATConfig)

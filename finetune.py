@@ -4,6 +4,7 @@
     python finetune.py --data ESC-50 --checkpoint out/last.pt --mode linear    frozen features; or --mode knn
     python finetune.py predict CLIP... --checkpoint out-finetune/last.pt       labels of any sound
     python finetune.py embed FOLDER --checkpoint out/last.pt --out x.npz       features of any sound
+    python finetune.py look CLIP --checkpoint out/last.pt --out look.png       what the encoder sees, as a picture
 
 The recipes are the release's. Without --checkpoint the encoder starts from random weights: the baseline.
 """
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 import eat
 from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, AudioError, Pack, as_float, clip_samples, describe_few,
-                  describe_skipped, existing_audio, is_pack, load_audio, open_labelled, spectrogram)
+                  describe_skipped, draw_spectrogram, existing_audio, first_clip, is_pack, load_audio, open_labelled,
+                  printable, pyplot, spectrogram)
 from eat import MEL_BINS, PATCH, EATConfig, Encoder, UsageError, option
 
 # ---------------------------------------------------------------------------------------------------------
@@ -450,11 +452,7 @@ def write_results(results, data, recipe, config):
         }, file, indent=1)
     if data.multi_label:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     best = results.get("fine-tuned") or results["mean of patches"]
     confusion = np.sum([result["confusion"] for result in best.values()], axis=0)
     size = 3 + 0.3 * len(data.classes)
@@ -599,6 +597,54 @@ def embed(args):
     return 0
 
 
+@torch.no_grad()
+def look(args):
+    """Draw what an encoder makes of a clip, and what one with random weights makes of it: the first three principal components
+    of its patches as red, green and blue, and how CLS attends to them in the last block."""
+    encoder = eat.load_encoder(args.checkpoint)
+    config = encoder.config
+    torch.manual_seed(args.seed)
+    encoders = {"random weights": Encoder(config), os.path.basename(args.checkpoint): encoder}
+    _, x = first_clip(args.clip, config.frames, config.mean, config.std)
+    image, grid = x[0, 0].T.numpy(), (x.shape[2] // PATCH, MEL_BINS // PATCH)
+    light = ((image - image.min()) / (image.max() - image.min() + 1e-6))[..., None]
+
+    def per_patch(values):  # (N, ...) -> (128, T, ...)
+        return values.unflatten(0, grid).transpose(0, 1).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).numpy()
+
+    plt = pyplot()
+    figure = plt.figure(figsize=(12, 8), layout="constrained")
+    rows = figure.add_gridspec(3, 2)
+    draw_spectrogram(axes := figure.add_subplot(rows[0, :]), image)
+    axes.set_title(printable(os.path.basename(args.clip)))
+    for row, (name, model) in enumerate(encoders.items(), 1):
+        patches = model.eval()(x)[0, 1:]
+        patches = patches - patches.mean(0)
+        components = patches @ torch.linalg.svd(patches, full_matrices=False).Vh[:3].T  # (N, 3)
+        low, high = components.quantile(0.02, 0), components.quantile(0.98, 0)
+        colour = ((components - low) / (high - low + 1e-6)).clamp(0, 1)
+        draw_spectrogram(axes := figure.add_subplot(rows[row, 0]), per_patch(colour) * (0.25 + 0.75 * light))
+        axes.set_title(f"{name}: principal components")
+        attention = cls_attention(model, x)
+        draw_spectrogram(axes := figure.add_subplot(rows[row, 1]), per_patch(attention / attention.max()))
+        axes.set_title(f"{name}: attention of CLS")
+    figure.savefig(args.out, dpi=100)
+    plt.close(figure)
+    print(args.out)
+    return 0
+
+
+def cls_attention(encoder, spectrogram):
+    """How much the last block's CLS attends to each patch of one clip, averaged over the heads -> (N,)."""
+    tokens = encoder.embed(spectrogram)
+    for block in encoder.blocks[:-1]:
+        tokens, _ = block(tokens)
+    attn = encoder.blocks[-1].attn
+    q, k, _ = attn.qkv(tokens).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)  # each (1, heads, 1 + N, D/heads)
+    weights = (q[:, :, :1] @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # (1, heads, 1, 1 + N)
+    return weights[0, :, 0, 1:].mean(0)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
@@ -687,7 +733,14 @@ def train_or_probe(given):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = eat.Parser(prog="finetune.py", description=__doc__)
-    if argv[:1] in (["predict"], ["embed"]):
+    if argv[:1] == ["look"]:
+        parser = eat.Parser(prog="finetune.py look", description=look.__doc__)
+        parser.add_argument("clip", help="a sound file, or 'demo'")
+        parser.add_argument("--checkpoint", required=True, help="a checkpoint")
+        parser.add_argument("--out", default="look.png", help="the picture [look.png]")
+        parser.add_argument("--seed", type=int, default=0, help="of the random weights [0]")
+        job, given = look, parser.parse_args(argv[1:])
+    elif argv[:1] in (["predict"], ["embed"]):
         parser = eat.Parser(prog=f"finetune.py {argv[0]}", description=globals()[argv[0]].__doc__)
         if argv[0] == "predict":
             parser.add_argument("clips", nargs="+", help="sound files, folders, lists or packs")

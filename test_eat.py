@@ -1411,6 +1411,11 @@ def test_bench_reads_files_and_packs(several, tmp_path, capsys):
 def test_show_draws_a_picture(tmp_path, capsys):
     assert data.main(["show", str(tone(tmp_path / "a.wav", 16_000)), "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    figure, axes = data.pyplot().subplots()
+    data.draw_spectrogram(axes, np.zeros((128, 100)))
+    banks, centres = torchaudio.compliance.kaldi.get_mel_banks(128, 512, 16_000, 20.0, 0.0, 100.0, -500.0, 1.0)
+    for place, hertz in zip(axes.get_yticks(), [125, 500, 1000, 2000, 4000]):  # bin k is drawn from k to k + 1
+        assert np.interp(hertz, centres.flatten(), np.arange(128) + 0.5) == pytest.approx(place, abs=0.05)
     assert data.main(["show", str(tmp_path / "nowhere.wav")]) == 2
     assert "no such file" in capsys.readouterr().err
 
@@ -1790,6 +1795,27 @@ def test_embed_writes_rows_for_files_and_for_time_steps(whole_run, tmp_path):
     assert finetune.main(["embed", *where, "--frames", "--join"]) == 0
     joined = np.load(tmp_path / "x.npz")["features"]
     np.testing.assert_allclose(joined.reshape(-1, 8, 32).mean(1), averaged["features"], atol=1e-5)
+
+
+def test_look_draws_where_CLS_attends(whole_run, tmp_path, capsys):
+    encoder = eat.load_encoder(whole_run / "last.pt")
+    x = torch.randn(1, 1, 64, 128)
+    attention, last = finetune.cls_attention(encoder, x), encoder.blocks[-1]
+    assert attention.shape == (32,) and 0 < attention.sum() < 1  # the rest is CLS's attention to itself
+    with torch.no_grad():  # a head whose keys are all alike attends to all of the 33 tokens alike
+        last.attn.qkv.weight[32:64], last.attn.qkv.bias[32:64] = 0, 0
+    torch.testing.assert_close(finetune.cls_attention(encoder, x), torch.full((32,), 1 / 33))
+    clip = tone(tmp_path / "a.wav", 16_000)
+    assert finetune.main(["look", str(clip), f"--checkpoint={whole_run}/last.pt", f"--out={tmp_path}/look.png"]) == 0
+    assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
+    assert finetune.main(["look", "nowhere.wav", f"--checkpoint={whole_run}/last.pt"]) == 2
+
+
+def test_plot_draws_the_learning_curves(whole_run, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_bytes((whole_run / "log.jsonl").read_bytes() + b'{"step": 9, "loss": null}\n{"step"')
+    assert eat.main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    assert eat.main(["plot", str(tmp_path / "nowhere")]) == 2
 
 
 @pytest.mark.parametrize("wrong, says", [
