@@ -357,9 +357,12 @@ class EAT(nn.Module):
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)  # an average of students, in float32
 
     @torch.no_grad()
-    def update_teacher(self, decay):
-        """EMA: teacher <- decay * teacher + (1 - decay) * student; call it after each optimizer step."""
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - decay)
+    def update_teacher(self, decay, skip=None):
+        """EMA: teacher <- decay * teacher + (1 - decay) * student; call it after each optimizer step. Where the tensor `skip`
+        is 1, nothing happens."""
+        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        weight = 1 - decay if skip is None else [(1 - decay) * (1 - skip)] * len(teacher)
+        torch._foreach_lerp_(teacher, student, weight)
 
     @torch.no_grad()
     def targets(self, spectrogram):
@@ -792,18 +795,18 @@ def add_gradients(net, config, recipe, machine, scaler, sound, step, rows):
 
 
 def update(model, optimizer, scaler, recipe, step):
-    """Update 1, 2, ... of student, decoder and teacher from the gradients -> their norm. Where that is not finite, student
-    and decoder stay as they are."""
+    """Update 1, 2, ... of student, decoder and teacher from the gradients -> their norm. Where that is not finite, all stay
+    as they are."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate(step)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
     # By this tensor a GradScaler tells a fused optimizer to do nothing: the host need not wait to know. It does so in float16.
-    optimizer.found_inf = (~norm.isfinite()).float()
+    optimizer.found_inf = skip = (~norm.isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    model.update_teacher(recipe.teacher_decay(step))
+    model.update_teacher(recipe.teacher_decay(step), skip)
     return norm
 
 

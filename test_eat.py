@@ -713,7 +713,7 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(precision):
         not_finite.add(eat.update(model, optimizer, scaler, recipe, 1))
 
     def state():
-        parts = {**model.student.state_dict(), **{f"decoder.{k}": v for k, v in model.decoder.state_dict().items()}}
+        parts = model.state_dict()
         for key, moments in optimizer.state_dict()["state"].items():
             parts |= {f"{key}.{name}": value for name, value in moments.items()}
         return {name: value.clone() for name, value in parts.items()}
@@ -727,7 +727,7 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(precision):
     assert not_finite.take() == 1 and len(before) == len(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     step(1.0)
-    assert not_finite.take() == 0 and not torch.equal(state()["cls"], before["cls"])
+    assert not_finite.take() == 0 and not torch.equal(state()["student.cls"], before["student.cls"])
     not_finite.check()
     for _ in range(26 if precision == "float16" else 10):
         step(1e30)
