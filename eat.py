@@ -464,8 +464,8 @@ def read_checkpoint(path):
     which also has "classes" and "multi_label". No code in a file ever runs. Raises UsageError."""
     path = str(path)
     if not os.path.exists(path):
-        raise UsageError(f"{path}: no such file{did_you_mean(path)}; a checkpoint is the last.pt in the --out folder of a run, a fairseq .pt, "
-                         "or a Hugging Face folder or .safetensors")
+        raise UsageError(f"{path}: no such file{did_you_mean(path)}; a checkpoint is the last.pt in the --out folder of a run, a "
+                         "fairseq .pt, or a Hugging Face folder or .safetensors")
     try:
         if os.path.isdir(path) or path.endswith(".safetensors"):
             state = read_hugging_face(path)
@@ -794,6 +794,15 @@ def add_gradients(net, config, recipe, machine, scaler, sound, step, rows):
     return losses
 
 
+def skip_unless_finite(optimizer, norm):
+    """Have the next optimizer step do nothing if the gradients' norm is not finite -> 1 then, else 0. `found_inf` is how a
+    GradScaler tells a fused optimizer so, in float16: on the device, without the host's waiting to know."""
+    skip = (~norm.isfinite()).float()
+    if skip.device.type != "mps":  # untested there
+        optimizer.found_inf = skip
+    return skip
+
+
 def update(model, optimizer, scaler, recipe, step):
     """Update 1, 2, ... of student, decoder and teacher from the gradients -> their norm. Where that is not finite, all stay
     as they are."""
@@ -801,8 +810,7 @@ def update(model, optimizer, scaler, recipe, step):
         group["lr"] = recipe.learning_rate(step)
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
-    # By this tensor a GradScaler tells a fused optimizer to do nothing: the host need not wait to know. It does so in float16.
-    optimizer.found_inf = skip = (~norm.isfinite()).float()
+    skip = skip_unless_finite(optimizer, norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -966,8 +974,8 @@ class NotFinite:
     def check(self):
         """Raises TrainingStopped where too many came in a row."""
         if self.longest >= self.most:
-            raise TrainingStopped(f"the gradients were not finite {int(self.longest)} times in a row. Try a lower --lr or a longer "
-                                  "warm-up, and look for clips that are far too loud")
+            raise TrainingStopped(f"the gradients were not finite {int(self.longest)} times in a row. Try a lower --lr or a "
+                                  "longer warm-up, and look for clips that are far too loud")
 
 
 class Log:
@@ -1036,32 +1044,6 @@ class Log:
         self.bar.close()
 
 
-def plot(out):
-    """Draw the learning curves of a run from its log.jsonl -> the picture's path."""
-    path = os.path.join(out, "log.jsonl")
-    if not os.path.exists(path):
-        raise UsageError(f"{path}: no such file; a run writes it into its --out folder")
-    with open(path, "rb") as file:
-        lines = [json.loads(line) for line in file if JsonLines.whole(line)]
-    panels = {"loss": ("frame_loss", "utterance_loss"), "standard deviation": ("target_std", "prediction_std"),
-              "gradient norm": ("grad_norm",), "learning rate": ("lr",), "teacher decay": ("teacher_decay",),
-              "clips a second": ("clips_per_second",)}
-    plt = pyplot()
-    figure, grid = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axes, (title, names) in zip(grid.flat, panels.items()):
-        for name in names:
-            known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            axes.plot(*zip(*known), label=name.replace("_", " ")) if known else None
-        axes.set(title=title, xlabel="step", yscale="log" if title in ("loss", "gradient norm") else "linear")
-        if axes.get_yscale() == "linear":
-            axes.yaxis.set_major_formatter("{x:.5g}")
-        axes.legend() if len(names) > 1 else None
-    picture = os.path.join(out, "log.png")
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
-    return picture
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Did it learn? Nearest neighbours on frozen features
 # ---------------------------------------------------------------------------------------------------------
@@ -1117,6 +1099,37 @@ def demo_accuracy(encoder, seed, machine):
     targets = F.one_hot(labels).float()
     return {name: (nearest_neighbours(x[:480], targets[:480], x[480:]).argmax(1) == labels[480:]).float().mean().item()
             for name, x in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Learning curves
+# ---------------------------------------------------------------------------------------------------------
+
+
+def plot(out):
+    """Draw the learning curves of a run from its log.jsonl -> the picture's path."""
+    path = os.path.join(out, "log.jsonl")
+    if not os.path.exists(path):
+        raise UsageError(f"{path}: no such file; a run writes it into its --out folder")
+    with open(path, "rb") as file:
+        lines = [json.loads(line) for line in file if JsonLines.whole(line)]
+    panels = {"loss": ("frame_loss", "utterance_loss"), "standard deviation": ("target_std", "prediction_std"),
+              "gradient norm": ("grad_norm",), "learning rate": ("lr",), "teacher decay": ("teacher_decay",),
+              "clips a second": ("clips_per_second",)}
+    plt = pyplot()
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axes, (title, names) in zip(grid.flat, panels.items()):
+        for name in names:
+            known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            axes.plot(*zip(*known), label=name.replace("_", " ")) if known else None
+        axes.set(title=title, xlabel="step", yscale="log" if title in ("loss", "gradient norm") else "linear")
+        if axes.get_yscale() == "linear":
+            axes.yaxis.set_major_formatter("{x:.5g}")
+        axes.legend() if len(names) > 1 else None
+    picture = os.path.join(out, "log.png")
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+    return picture
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1328,7 +1341,8 @@ def export(source, folder):
                 break
         tensors["model." + name] = tensor.contiguous()
     tensors["model." + POSITIONS[0]] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]  # as the release: 2 minutes
-    tensors |= {f"model.{name}": tensor.contiguous() for name, tensor in state["model"].items() if name.startswith(("fc_norm.", "head."))}
+    tensors |= {f"model.{name}": tensor.contiguous() for name, tensor in state["model"].items()
+                if name.startswith(("fc_norm.", "head."))}
     more = {}  # what the release's files do not say, and its own checkpoints need not
     if (config.mean, config.std) != (EATConfig.mean, EATConfig.std):
         more |= {"norm_mean": config.mean, "norm_std": config.std}
@@ -1594,7 +1608,7 @@ def guarded(program, job, given):
     except (MemoryError, RuntimeError) as error:  # torch's own words, where they are about the machine and not about the code
         said, status = str(error).split("\n")[0], 1
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
-            said = f"out of memory: {said}. Try a smaller --batch-size, --accumulate 2 or more, fewer --clones or a smaller --preset"
+            said = f"out of memory: {said}. Try --accumulate 2 or more, a smaller --batch-size, fewer --clones, a smaller --preset"
         elif said.startswith("DataLoader worker"):
             said += " Try fewer --workers; --resume goes on from the last checkpoint"
         elif torch.distributed.is_initialized() and re.search("gloo|nccl|peer", said, re.IGNORECASE):

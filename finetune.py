@@ -312,7 +312,7 @@ def fit(model, data, fold, config, recipe, machine, stop, log, save, resumed=Non
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step) * group["scale"]
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-        optimizer.found_inf = (~norm.isfinite()).float()  # see eat.update
+        eat.skip_unless_finite(optimizer, norm)
         not_finite.add(norm)
         scaler.step(optimizer)
         scaler.update()

@@ -397,7 +397,7 @@ def test_what_a_row_draws_does_not_depend_on_its_share():
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_mixed_precision_learns_what_float32_learns(precision, sounds, whole_run, tmp_path):
     assert eat.main(flags(sounds, tmp_path, f"--precision={precision}")) == 0
-    lines = [[json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()] for out in (tmp_path, whole_run)]
+    lines = [[line["loss"] for line in logged(out)] for out in (tmp_path, whole_run)]
     assert lines[0] == pytest.approx(lines[1], rel=2e-2) and lines[0] != lines[1]
     _, state = weights(tmp_path)
     assert all(x.dtype == torch.float32 for x in state.values())  # weights, teacher and Adam stay whole
@@ -441,6 +441,10 @@ def flags(sounds, out, *more):
             "--device=cpu", "--precision=float32", "--workers=0", *SMALL_FLAGS, *more]
 
 
+def logged(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
 def weights(out):
     state = torch.load(Path(out) / "last.pt", weights_only=True)
     return state["step"], state["model"]
@@ -474,7 +478,7 @@ def wait_for_step(process, out, step):
 
 
 def test_a_run_learns_logs_and_leaves_an_encoder(whole_run, sounds):
-    lines = [json.loads(line) for line in (whole_run / "log.jsonl").read_text().splitlines()]
+    lines = logged(whole_run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"loss", "frame_loss", "utterance_loss", "target_std", "prediction_std", "grad_norm", "lr", "teacher_decay",
@@ -525,7 +529,7 @@ def test_a_run_that_is_told_to_stop_resumes_exactly(number, status, whole_run, s
     assert 2 <= weights(tmp_path)[0] < 8 and not left_over(tmp_path)
     assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
     assert_same_weights(tmp_path, whole_run)
-    lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [line["step"] for line in logged(tmp_path)]
     assert lines == list(range(1, 9))
 
 
@@ -597,7 +601,7 @@ def test_twenty_kills_at_random_moments_change_nothing(sounds, tmp_path):
     assert eat.main([flag for flag in run if flag != "--workers=1"]) == 0
     assert eat.main(flags(sounds, tmp_path / "whole", "--save-every=1", "--steps=300", "--batch-size=8")) == 0
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
-    steps = [[json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("cut", "whole")]
+    steps = [[line["step"] for line in logged(tmp_path / name)] for name in ("cut", "whole")]
     assert steps[0] == steps[1] == list(range(1, 301))
 
 
@@ -618,7 +622,7 @@ def test_a_long_run_is_flat(sounds, tmp_path):
     assert len(seen[500]) == len(seen[1990]) == 2
     for (early, files), (late, files_late) in zip(seen[500], seen[1990]):
         assert late < early + 10 and files_late <= files + 2  # MiB
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == list(range(1, 2001))
+    assert [line["step"] for line in logged(tmp_path)] == list(range(1, 2001))
 
 
 @pytest.mark.parametrize("more", [["--accumulate=2"], []], ids=["accumulated", "two processes"])
@@ -753,7 +757,7 @@ def test_a_clip_that_is_far_too_loud_costs_its_steps_only(sounds, tmp_path, caps
     folder = shutil.copytree(sounds, tmp_path / "loud")
     soundfile.write(folder / "loud.wav", np.full(10_000, 1e30) * np.random.default_rng(0).standard_normal(10_000), 16_000, "DOUBLE")
     assert eat.main(flags(folder, tmp_path / "out", "--stats=measure")) == 0
-    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "out")
     assert 1 <= sum(line["not_finite"] for line in lines) <= 2  # 27 clips, 32 drawn
     assert all((line["loss"] is None) == (line["not_finite"] == 1) for line in lines)
     assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
@@ -1216,7 +1220,7 @@ def test_a_thousand_damaged_files_harm_nothing(tmp_path, capfd):
             broken.add(error.path)
     run = flags(folder, tmp_path / "out", "--epochs=1", "--batch-size=32", "--log-every=5", "--workers=1")
     assert eat.main([flag for flag in run if flag != "--steps=8"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "out")
     assert lines[-1]["skipped"] == len(broken) > 100 and not {"nan.wav", "pipe.wav"} - {Path(path).name for path in broken}
     assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
 
@@ -1736,7 +1740,7 @@ def test_fine_tuning_that_is_told_to_stop_resumes_exactly(number, status, esc, w
     assert not left_over(f"{tmp_path}/cut")
     assert fine(esc, tmp_path / "cut", *run, "--resume") == 0
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
-    logs = [[{**json.loads(line)} for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("cut", "whole")]
+    logs = [logged(tmp_path / name) for name in ("cut", "whole")]
     assert logs[0] == logs[1] and len(logs[0]) == 24
 
 
@@ -1759,6 +1763,15 @@ def test_ten_kills_of_fine_tuning_change_nothing(esc, whole_run, tmp_path):
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
     results = [json.loads((tmp_path / name / "results.json").read_text())["results"] for name in ("cut", "whole")]
     assert results[0] == results[1]
+
+
+def test_a_poisoned_batch_costs_fine_tuning_its_step(whole_run, tmp_path, capsys):
+    folder = make_esc(tmp_path / "esc")
+    soundfile.write(folder / "audio" / "1-10-A-41.wav", np.random.default_rng(0).standard_normal(11_200) * 1e30, 16_000, "DOUBLE")
+    assert fine(folder, tmp_path / "out", f"--checkpoint={whole_run}/last.pt", "--frames=64", "--steps=4", "--batch-size=2") == 0
+    lines = logged(tmp_path / "out")
+    assert 1 <= sum(line["not_finite"] for line in lines) < 8 and all((line["loss"] is None) == line["not_finite"] for line in lines)
+    assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
 
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])
