@@ -91,6 +91,8 @@ class EATConfig:
     # clips x clones on a GPU (12 x 16) and takes the mean of the frame term over masked patches, so its
     # lambda = 1 weighs two means as 1 : 192. Both terms are means here, hence 192, whatever the batch.
     utterance_weight: float = option(192.0, "lambda: weight of the utterance loss; both losses are means")
+    frame_weight: float = option(1.0, "weight of the frame loss; 0 leaves the utterance loss alone")
+    target_blocks: int = option(None, "how many of the teacher's blocks, from the last one down, make the targets; default: all")
     frames: int = option(1024, "length T of a training clip, in frames of 10 ms; a multiple of 16")
     mean: float = option(-4.268, "mean of the log-mel spectrogram (the release's for AudioSet)", least=-math.inf)
     std: float = option(4.569, "standard deviation of the log-mel spectrogram, likewise")
@@ -107,6 +109,7 @@ class EATConfig:
             (not 0 < self.visible < self.patches, f"mask_ratio ({self.mask_ratio}) must leave some of the "
              f"{self.patches} patches visible, and some masked"),
             (self.std == 0, "std must not be 0"),
+            ((self.target_blocks or 1) > self.depth, f"target_blocks ({self.target_blocks}) must be at most depth ({self.depth})"),
         ):
             if bad:
                 raise UsageError(why)
@@ -368,11 +371,12 @@ class EAT(nn.Module):
     def targets(self, spectrogram):
         """(B, 1, T, 128) -> (B, N, D): once a clip, unmasked. Average of all blocks' target outputs, each
         instance-normalised over the patches of its clip, then layer-normalised over channels."""
-        x, total = self.teacher.embed(spectrogram), 0
-        for block in self.teacher.blocks:
+        x, total, averaged = self.teacher.embed(spectrogram), 0, self.config.target_blocks or self.config.depth
+        for number, block in enumerate(self.teacher.blocks, 1):
             x, f = block(x)  # f: (B, 1 + N, D)
-            total = total + F.instance_norm(f[:, 1:].float().transpose(1, 2), eps=TARGET_EPS)
-        average = (total / len(self.teacher.blocks)).transpose(1, 2)
+            if number > self.config.depth - averaged:
+                total = total + F.instance_norm(f[:, 1:].float().transpose(1, 2), eps=TARGET_EPS)
+        average = (total / averaged).transpose(1, 2)
         return F.layer_norm(average, average.shape[2:], eps=TARGET_EPS)
 
     def forward(self, spectrogram, mask=None, noise=None):
@@ -399,7 +403,7 @@ class EAT(nn.Module):
         cls = tokens[:, 0].float().unflatten(0, mask.shape[:2])  # (B, C, D)
         utterance_loss = (cls - targets.mean(1, keepdim=True)).square().sum(-1).mean() / config.dim**0.5
         return {
-            "loss": frame_loss + config.utterance_weight * utterance_loss,
+            "loss": config.frame_weight * frame_loss + config.utterance_weight * utterance_loss,
             "frame_loss": frame_loss.detach(),
             "utterance_loss": utterance_loss.detach(),
             "target_std": targets.flatten(0, 1).std(0).mean(),  # either falling towards 0 is collapse
@@ -579,8 +583,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402  what is above needs torch alone and can be lifted out
 from tqdm import tqdm  # noqa: E402
 
-from data import (STATS, AudioError, Demo, clip_samples, describe_skipped, did_you_mean, measure_stats,  # noqa: E402
-                  open_clips, pyplot, spectrogram)
+from data import (STATS, AudioError, clip_samples, describe_skipped, did_you_mean, measure_stats, open_clips,  # noqa: E402
+                  open_labelled, pyplot, spectrogram)
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -623,6 +627,9 @@ class Recipe:
     compile: bool = option(None, COMPILE_HELP)
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(1000, "steps between checkpoints")
+    probe: str = option(None, "labelled sound, as finetune.py takes it, to watch nearest neighbours on: before the first step, "
+                              "along the way and at the end; the demo brings its own")
+    probe_every: int = option(None, "steps between those along the way; default: none there")
 
     def __post_init__(self):
         check_numbers(self)
@@ -818,14 +825,13 @@ def update(model, optimizer, scaler, recipe, step):
     return norm
 
 
-def train(config, recipe, clips, machine, resumed=None):
-    """Pre-train on `clips` -> (EAT, its student at the start, the number of the signal that stopped it or 0)."""
+def train(config, recipe, clips, machine, resumed=None, labelled=None):
+    """Pre-train on `clips` -> the number of the signal that stopped it, or 0. `labelled`: what to probe the encoder on."""
     device, step = machine.device, 0
     torch.manual_seed(recipe.seed)
     model = EAT(config).to(device)
     if recipe.init and not resumed:
         machine.say(load_initial(model, recipe.init))
-    start = copy.deepcopy(model.student)
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(machine)
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -839,6 +845,8 @@ def train(config, recipe, clips, machine, resumed=None):
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals))
     stop = StopSignal(machine)
     log = Log(recipe, step, machine, dict(clips.skipped))
+    if labelled and not resumed and machine.rank == 0:
+        log.lines.append({"step": 0, **probe(model.student, labelled, machine)})
 
     def save(last):
         if machine.rank == 0:
@@ -863,13 +871,15 @@ def train(config, recipe, clips, machine, resumed=None):
         look = step % recipe.log_every == 0 or step == recipe.steps
         last = stop.agree(look) or step == recipe.steps
         due = step % recipe.save_every == 0 and not log.not_finite.row  # amid such steps the weights may be spoilt
-        if look or last or due:
-            log.write(step)  # stops a run that has gone wrong, so that it is not saved
+        probed = labelled and (step % (recipe.probe_every or recipe.steps) == 0 or step == recipe.steps)
+        if look or last or due or probed:
+            # Stops a run that has gone wrong, so that it is not saved.
+            log.write(step, (lambda: probe(model.student, labelled, machine)) if probed else dict)
         if last or due:
             save(last)
     log.close()
     stop.restore()
-    return model, start, stop.agreed if step < recipe.steps else 0
+    return stop.agreed if step < recipe.steps else 0
 
 
 def try_to_save(folder, state, last):
@@ -939,6 +949,11 @@ class JsonLines:
     def whole(line):
         return line.startswith(b"{") and line.endswith(b"}\n")
 
+    @classmethod
+    def read(cls, path):
+        with open(path, "rb") as file:
+            return [json.loads(line) for line in file if cls.whole(line)]
+
     def append(self, line):
         self.waiting += json.dumps(line).encode() + b"\n"
         try:
@@ -1001,7 +1016,8 @@ class Log:
         self.add({"grad_norm": norm})
         self.not_finite.add(norm)
 
-    def write(self, step):
+    def write(self, step, measure=dict):
+        """A line, with what `measure` finds; the time that takes is not the steps'."""
         sums, counts = self.machine.total(torch.stack([*self.sums.values(), *self.counts.values()])).view(2, -1).cpu()
         values = dict(zip(self.sums, (sums / counts).tolist()))
         steps, seconds = step - self.last_step, time.monotonic() - self.since
@@ -1010,9 +1026,10 @@ class Log:
                 "clips_per_second": steps * self.recipe.batch_size / seconds, "skipped": len(self.skipped),
                 "not_finite": self.not_finite.take()}
         if self.machine.rank == 0:
+            line |= measure()
             self.lines.append(line)
             short = {name: "none" if line[name] is None else f"{line[name]:.4g}" for name in (
-                "loss", "frame_loss", "utterance_loss", "target_std", "prediction_std", "lr", "clips_per_second")}
+                "loss", "frame_loss", "utterance_loss", "target_std", "prediction_std", "lr", "clips_per_second", "knn_mean") if name in line}
             self.bar.update(steps)
             self.bar.set_postfix(short)
             every = max(self.recipe.log_every, self.recipe.steps // 40)
@@ -1045,7 +1062,7 @@ class Log:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Did it learn? Nearest neighbours on frozen features
+# Did it learn? A probe: nearest neighbours on frozen features
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -1091,14 +1108,33 @@ def nearest_neighbours(bank, bank_targets, queries, k=10):
     return (similarity[..., None] * bank_targets[nearest]).sum(1)
 
 
-def demo_accuracy(encoder, seed, machine):
-    """kNN accuracy on demo clips that no training run sees: 480 in the bank, 240 asked for."""
-    held_out = Demo(encoder.config.frames, seed, size=720, held_out=True)
-    found, _ = features(encoder, encoder.config, held_out, range(720), machine)
-    labels = torch.as_tensor(held_out.labels)
-    targets = F.one_hot(labels).float()
-    return {name: (nearest_neighbours(x[:480], targets[:480], x[480:]).argmax(1) == labels[480:]).float().mean().item()
-            for name, x in found.items()}
+PROBED = {"knn_cls": "CLS", "knn_mean": "mean of patches"}  # names in log.jsonl, and of the features
+
+
+def open_probe(recipe, frames):
+    """The Labelled clips, cut to `frames`, that --probe names, or None."""
+    if not recipe.probe:
+        if recipe.probe_every:
+            raise UsageError("--probe-every: --probe must name the labelled sound to probe on")
+        return None
+    labelled = open_labelled(recipe.probe, frames, seed=recipe.seed)
+    if labelled.multi_label:
+        raise UsageError(f"--probe {recipe.probe}: nearest neighbours need clips of one label each")
+    return labelled
+
+
+def probe(encoder, labelled, machine):
+    """kNN accuracy averaged over the folds of a Labelled data set -> {"knn_cls", "knn_mean"}."""
+    machine = copy.copy(machine)
+    machine.compile = False  # it would be, anew each time
+    kinds, used = features(copy.deepcopy(encoder), encoder.config, labelled.clips, range(len(labelled.clips)), machine)
+    targets, accuracy = labelled.targets(used.tolist()), collections.defaultdict(list)
+    for fold in labelled.folds.values():
+        train, test = (torch.isin(used, numbers) for numbers in fold)
+        for name, kind in PROBED.items():
+            scores = nearest_neighbours(kinds[kind][train], targets[train], kinds[kind][test])
+            accuracy[name].append((scores.argmax(1) == targets[test].argmax(1)).float().mean().item())
+    return {name: np.mean(each).item() for name, each in accuracy.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1111,17 +1147,19 @@ def plot(out):
     path = os.path.join(out, "log.jsonl")
     if not os.path.exists(path):
         raise UsageError(f"{path}: no such file; a run writes it into its --out folder")
-    with open(path, "rb") as file:
-        lines = [json.loads(line) for line in file if JsonLines.whole(line)]
+    lines = JsonLines.read(path)
     panels = {"loss": ("frame_loss", "utterance_loss"), "standard deviation": ("target_std", "prediction_std"),
               "gradient norm": ("grad_norm",), "learning rate": ("lr",), "teacher decay": ("teacher_decay",),
               "clips a second": ("clips_per_second",)}
+    if any("knn_mean" in line for line in lines):
+        panels |= {"accuracy of nearest neighbours": ("knn_cls", "knn_mean")}
+        del panels["clips a second"]
     plt = pyplot()
     figure, grid = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axes, (title, names) in zip(grid.flat, panels.items()):
         for name in names:
             known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            axes.plot(*zip(*known), label=name.replace("_", " ")) if known else None
+            axes.plot(*zip(*known), label=name.replace("_", " "), marker="." if "knn" in name else None) if known else None
         axes.set(title=title, xlabel="step", yscale="log" if title in ("loss", "gradient norm") else "linear")
         if axes.get_yscale() == "linear":
             axes.yaxis.set_major_formatter("{x:.5g}")
@@ -1455,7 +1493,8 @@ def unpickle_inert(path):
 # ---------------------------------------------------------------------------------------------------------
 
 # What a resumed run may be given anew: where it runs, not what it computes.
-MAY_CHANGE = {"data", "out", "resume", "accumulate", "workers", "device", "precision", "compile", "log_every", "save_every"}
+MAY_CHANGE = {"data", "out", "resume", "accumulate", "workers", "device", "precision", "compile", "log_every", "save_every",
+              "probe", "probe_every"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1501,7 +1540,7 @@ def keep_settings(given, settings, may_change, out):
 
 def settle(given):
     """Flags -> (EATConfig, Recipe, Clips, the checkpoint to go on from or None)."""
-    given = {"out": "out-demo" if given.get("data") == "demo" else Recipe.out, **given}
+    given = {**({"out": "out-demo", "probe": "demo"} if given.get("data") == "demo" else {"out": Recipe.out}), **given}
     out, found = given["out"], find_checkpoints(given["out"])
     if found and given.get("resume"):
         resumed = newest_checkpoint(out)
@@ -1538,17 +1577,17 @@ def pretrain(given):
         raise UsageError(f"--batch-size {recipe.batch_size}: must be at most the {len(clips)} clips of {recipe.data}"
                          + f", and a multiple of {parts} (parts x processes)" * (parts > 1))
     make_folder(recipe.out)
-    machine.say(describe(config, recipe, clips, machine, resumed))
-    model, start, stopped = train(config, recipe, clips, machine, resumed)
+    labelled = open_probe(recipe, config.frames)
+    machine.say(describe(config, recipe, clips, machine, resumed, labelled))
+    stopped = train(config, recipe, clips, machine, resumed, labelled)
     path = os.path.join(recipe.out, "last.pt")
     if stopped:
         machine.say(f"stopped by {signal.Signals(stopped).name}; the same command with --resume goes on from {path}")
         return 128 + stopped
-    if recipe.data == "demo" and machine.rank == 0:
-        before, after = (demo_accuracy(encoder, recipe.seed, machine) for encoder in (start, model.student))
-        print(f"\nk-nearest-neighbour accuracy on 240 held-out demo clips (chance {1 / len(clips.classes):.0%}):")
-        for name in before:
-            print(f"    {name:16} {before[name]:6.1%} before  {after[name]:6.1%} after")
+    if labelled and machine.rank == 0:
+        print(f"\nk-nearest-neighbour accuracy (chance {1 / len(labelled.classes):.0%}):", *(
+            f"    step {line['step']:7,}" + "".join(f"   {kind} {line[name]:6.1%}" for name, kind in PROBED.items())
+            for line in JsonLines.read(os.path.join(recipe.out, "log.jsonl")) if "knn_mean" in line), sep="\n")
     machine.say(f"the encoder is in {path}")
     return 0
 
@@ -1562,7 +1601,7 @@ def make_folder(path):
         raise UsageError(f"--out {path}: cannot be written to")
 
 
-def describe(config, recipe, clips, machine, resumed):
+def describe(config, recipe, clips, machine, resumed, labelled):
     """The run in a few lines, every number that was derived among them."""
     size = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in
             (("encoder", Encoder(config)), ("decoder", Decoder(config)))}
@@ -1578,6 +1617,9 @@ def describe(config, recipe, clips, machine, resumed):
         f"machine  {machine.device}, {str(machine.dtype).split('.')[1]}, {'' if machine.compile else 'not '}compiled, "
         f"{machine.world} process(es) of {machine.workers} loader workers",
     ]
+    if labelled:
+        same = recipe.probe == recipe.data != "demo"
+        lines.append(f"probe    {labelled}" + ", the very sound it is trained on" * same)
     if clips.skipped:
         lines.append(f"skipped  {len(clips.skipped)} files: {describe_skipped(clips.skipped)}")
     if resumed:

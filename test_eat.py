@@ -155,6 +155,36 @@ GRADIENT_NORMS = {
 }
 
 
+def test_targets_of_the_last_blocks():
+    """All blocks' targets are, up to the last norm, the mean of what each number of blocks alone contributes."""
+    torch.manual_seed(0)
+    model, x = EAT(EATConfig(**{**SMALL, "depth": 3})), torch.randn(2, 1, 64, 128)
+    tokens, outputs = model.teacher.embed(x), []
+    for block in model.teacher.blocks:
+        tokens, f = block(tokens)
+        f = f[:, 1:]  # each channel to mean 0 and variance 1 over the patches of its clip
+        outputs.append((f - f.mean(1, keepdim=True)) / (f.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt())
+    for count in (1, 2, 3):
+        model.config.target_blocks = count
+        wanted = torch.stack(outputs[3 - count :]).mean(0)
+        wanted = (wanted - wanted.mean(2, keepdim=True)) / (wanted.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(model.targets(x), wanted, atol=1e-5, rtol=1e-5)
+    every = model.targets(x)
+    model.config.target_blocks = None
+    assert torch.equal(model.targets(x), every)
+
+
+def test_each_loss_can_be_had_alone():
+    x = torch.randn(2, 1, 64, 128)
+    for weights, alone in (({"frame_weight": 0.0}, "utterance_loss"), ({"utterance_weight": 0.0}, "frame_loss")):
+        model = EAT(EATConfig(**{**SMALL, "utterance_weight": 3.0, **weights}))
+        losses = model(x)
+        factor = 3 if alone == "utterance_loss" else 1
+        assert losses["loss"].item() == pytest.approx(factor * losses[alone].item())
+        losses["loss"].backward()
+        assert model.decoder.proj.weight.grad.any() == (alone == "frame_loss")
+
+
 @fixtures
 def test_a_whole_step_equals_the_release():
     fixture = torch.load(SHARED / "fixtures/tiny/pretrain.pt", weights_only=True)
@@ -655,8 +685,28 @@ def test_a_run_that_goes_wrong_stops_and_keeps_the_last_good_checkpoint(sounds, 
     assert "collapsed" in capsys.readouterr().err
 
 
+def test_probing_along_the_way_changes_nothing_and_agrees_with_fine_tuning(sounds, whole_run, esc, tmp_path, capsys):
+    probed = ["--probe", str(esc), "--probe-every=3"]
+    assert eat.main(flags(sounds, tmp_path / "run", *probed)) == 0
+    said = capsys.readouterr().out
+    assert_same_weights(tmp_path / "run", whole_run)
+    found = {line["step"]: line["knn_mean"] for line in logged(tmp_path / "run") if "knn_mean" in line}
+    assert list(found) == [0, 3, 6, 8] and all(f"step {step:7}" in said for step in found)
+    knn = [f"--data={esc}", f"--checkpoint={tmp_path}/run/last.pt", "--mode=knn", "--frames=64", "--precision=float32"]
+    assert finetune.main([*knn, f"--out={tmp_path}/knn", "--device=cpu", "--workers=0"]) == 0
+    folds = json.loads((tmp_path / "knn/results.json").read_text())["results"]["mean of patches"]
+    assert found[8] == pytest.approx(np.mean([fold["value"] for fold in folds.values()]))
+    assert eat.main(["plot", str(tmp_path / "run")]) == 0
+    # A resumed run probes on from where it stands, and may be told to stop doing so.
+    assert eat.main(flags(sounds, tmp_path / "run", "--resume", *probed)) == 0
+    assert list(found) == [line["step"] for line in logged(tmp_path / "run") if "knn_mean" in line]
+
+
 @pytest.mark.parametrize("wrong, says", [
     (["--data=nowhere"], "no such file or folder"),
+    (["--probe-every=2"], "--probe must name"),
+    (["--probe=nowhere"], "no such folder"),
+    (["--target-blocks=3"], "at most depth (2)"),
     (["--data={empty}"], "no sound in it"),
     (["--data={broken}"], "none of its files"),
     (["--heads=5"], "heads (5) must divide dim"),
