@@ -798,7 +798,8 @@ def show(clip, out, seed=0):
     axes.set(xlim=(0, seconds), xlabel="seconds", title=printable(os.path.basename(clip)))
     axes = figure.add_subplot(rows[1, :])
     draw_spectrogram(axes, image)
-    axes.set_title(f"log-mel spectrogram, {grid[0]} x {grid[1]} patches")
+    padded = "; the end is padding" if len(waveform) < clip_samples(frames) else ""
+    axes.set_title(f"log-mel spectrogram, {grid[0]} x {grid[1]} patches{padded}")
     axes.vlines(np.arange(1, grid[0]) * PATCH / 100, 0, MEL_BINS, color="white", linewidth=0.4)
     axes.hlines(np.arange(1, grid[1]) * PATCH, 0, seconds, color="white", linewidth=0.4)
     for row, kind in enumerate(("inverse_block", "block", "random"), 2):

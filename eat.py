@@ -1028,8 +1028,8 @@ class Log:
         if self.machine.rank == 0:
             line |= measure()
             self.lines.append(line)
-            short = {name: "none" if line[name] is None else f"{line[name]:.4g}" for name in (
-                "loss", "frame_loss", "utterance_loss", "target_std", "prediction_std", "lr", "clips_per_second", "knn_mean") if name in line}
+            shown = ("loss", "frame_loss", "utterance_loss", "target_std", "prediction_std", "lr", "clips_per_second", "knn_mean")
+            short = {name: "none" if line[name] is None else f"{line[name]:.4g}" for name in shown if name in line}
             self.bar.update(steps)
             self.bar.set_postfix(short)
             every = max(self.recipe.log_every, self.recipe.steps // 40)
@@ -1073,7 +1073,8 @@ def outputs(model, config, clips, numbers, machine, batch_size=32):
     clips = copy.copy(clips)
     clips.replace = False
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(batch_size)]
-    loader = DataLoader(clips, batch_sampler=chunks, num_workers=machine.workers, collate_fn=lambda batch: batch)
+    loader = DataLoader(clips, batch_sampler=chunks, num_workers=machine.workers, collate_fn=lambda batch: batch,
+                        worker_init_fn=ignore_signals)
     for waveforms, lengths, used, skipped in tqdm(loader, "clips", disable=None, leave=False):
         clips.skipped |= skipped
         if len(used):

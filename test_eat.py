@@ -407,7 +407,8 @@ def test_an_epoch_is_every_clip_once_and_processes_share_it():
     both = [pairs(eat.Shares(eat.shuffled(20, 3), recipe, 0, rank, world=2)) for rank in (0, 1)]
     together = [a[0] + b[0] + a[1] + b[1] for a, b in zip(*both)]
     assert together == alone
-    assert pairs(eat.Shares(eat.shuffled(20, 3), recipe, 3, rank=0, world=1)) == pairs(eat.Shares(eat.shuffled(20, 3), recipe, 0, 0, 1))[3:]
+    resumed, whole = (pairs(eat.Shares(eat.shuffled(20, 3), recipe, step, rank=0, world=1)) for step in (3, 0))
+    assert resumed == whole[3:]
 
 
 def pairs(parts):
@@ -1086,7 +1087,8 @@ def test_no_code_in_a_checkpoint_runs(kind, tmp_path, monkeypatch):
 def test_unknown_classes_become_stand_ins_that_keep_their_fields(tmp_path):
     stranger = Stranger()
     stranger.rate, stranger.kind = 0.5, {"a": [1, 2]}
-    torch.save({"cfg": stranger, "x": torch.arange(6.0).view(2, 3).T, "half": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "x.pt")
+    half = torch.ones(2, dtype=torch.bfloat16)
+    torch.save({"cfg": stranger, "x": torch.arange(6.0).view(2, 3).T, "half": half}, tmp_path / "x.pt")
     found = eat.unpickle_inert(tmp_path / "x.pt")
     assert type(found["cfg"]) is not Stranger and found["cfg"].fields == {"rate": 0.5, "kind": {"a": [1, 2]}}
     assert torch.equal(found["x"], torch.arange(6.0).view(2, 3).T) and found["half"].dtype == torch.bfloat16
@@ -1820,7 +1822,8 @@ def test_a_poisoned_batch_costs_fine_tuning_its_step(whole_run, tmp_path, capsys
     soundfile.write(folder / "audio" / "1-10-A-41.wav", np.random.default_rng(0).standard_normal(11_200) * 1e30, 16_000, "DOUBLE")
     assert fine(folder, tmp_path / "out", f"--checkpoint={whole_run}/last.pt", "--frames=64", "--steps=4", "--batch-size=2") == 0
     lines = logged(tmp_path / "out")
-    assert 1 <= sum(line["not_finite"] for line in lines) < 8 and all((line["loss"] is None) == line["not_finite"] for line in lines)
+    assert 1 <= sum(line["not_finite"] for line in lines) < 8
+    assert all((line["loss"] is None) == line["not_finite"] for line in lines)
     assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
 
 
