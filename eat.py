@@ -1,6 +1,6 @@
 """EAT, the Efficient Audio Transformer, in one file: self-supervised pre-training on sound.
 
-    python eat.py --data demo                 watch one learn, about two minutes on a laptop
+    python eat.py --data demo                 watch one learn, about three minutes on a laptop
     python eat.py --data path/to/sound        your own folder; every flag: python eat.py --help
 
 The method is that of *EAT: Self-Supervised Pre-Training with Efficient Audio Transformer* (Chen, Liang,
