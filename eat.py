@@ -364,6 +364,7 @@ class EAT(nn.Module):
         """EMA: teacher <- decay * teacher + (1 - decay) * student; call it after each optimizer step. Where the tensor `skip`
         is 1, nothing happens."""
         teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        # As a number, or as tensors on the device, of which it wants one for each parameter.
         weight = 1 - decay if skip is None else [(1 - decay) * (1 - skip)] * len(teacher)
         torch._foreach_lerp_(teacher, student, weight)
 
@@ -580,7 +581,7 @@ def load_encoder(path):
 # ---------------------------------------------------------------------------------------------------------
 
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402  what is above needs torch alone and can be lifted out
+from torch.utils.data import DataLoader  # noqa: E402  the method above needs torch alone and can be lifted out
 from tqdm import tqdm  # noqa: E402
 
 from data import (STATS, AudioError, clip_samples, describe_skipped, did_you_mean, measure_stats, open_clips,  # noqa: E402
@@ -1003,7 +1004,8 @@ class Log:
         self.not_finite = NotFinite(machine)
         self.bar = tqdm(total=recipe.steps, initial=step, unit="step", disable=None if machine.rank == 0 else True)
         if machine.rank == 0:
-            self.lines = JsonLines(os.path.join(recipe.out, "log.jsonl"), lambda line: line["step"] <= step)
+            # Of a run that was killed before its first checkpoint nothing is kept: it begins anew.
+            self.lines = JsonLines(os.path.join(recipe.out, "log.jsonl"), lambda line: step > 0 and line["step"] <= step)
 
     def add(self, values):
         """Scalars of a step, summed on the device, so that the host need not wait; those that are not finite left out."""
@@ -1128,6 +1130,7 @@ def probe(encoder, labelled, machine):
     """kNN accuracy averaged over the folds of a Labelled data set -> {"knn_cls", "knn_mean"}."""
     machine = copy.copy(machine)
     machine.compile = False  # it would be, anew each time
+    # A copy, as the student in training must not be put in eval mode.
     kinds, used = features(copy.deepcopy(encoder), encoder.config, labelled.clips, range(len(labelled.clips)), machine)
     targets, accuracy = labelled.targets(used.tolist()), collections.defaultdict(list)
     for fold in labelled.folds.values():
@@ -1545,8 +1548,8 @@ def settle(given):
     out, found = given["out"], find_checkpoints(given["out"])
     if found and given.get("resume"):
         resumed = newest_checkpoint(out)
-        keep_settings(given, {**resumed["config"], **resumed["recipe"]}, MAY_CHANGE, out)
         config, recipe = EATConfig(**resumed["config"]), Recipe(**resumed["recipe"])
+        keep_settings(given, {**dataclasses.asdict(config), **dataclasses.asdict(recipe)}, MAY_CHANGE, out)
         recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if k in MAY_CHANGE})
         return config, recipe, open_clips(recipe.data, config.frames, recipe.seed), resumed
     if found:
@@ -1577,8 +1580,8 @@ def pretrain(given):
     if recipe.batch_size % parts or recipe.batch_size > len(clips):
         raise UsageError(f"--batch-size {recipe.batch_size}: must be at most the {len(clips)} clips of {recipe.data}"
                          + f", and a multiple of {parts} (parts x processes)" * (parts > 1))
-    make_folder(recipe.out)
     labelled = open_probe(recipe, config.frames)
+    make_folder(recipe.out)
     machine.say(describe(config, recipe, clips, machine, resumed, labelled))
     stopped = train(config, recipe, clips, machine, resumed, labelled)
     path = os.path.join(recipe.out, "last.pt")

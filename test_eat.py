@@ -699,9 +699,20 @@ def test_probing_along_the_way_changes_nothing_and_agrees_with_fine_tuning(sound
     folds = json.loads((tmp_path / "knn/results.json").read_text())["results"]["mean of patches"]
     assert found[8] == pytest.approx(np.mean([fold["value"] for fold in folds.values()]))
     assert eat.main(["plot", str(tmp_path / "run")]) == 0
-    # A resumed run probes on from where it stands, and may be told to stop doing so.
+    # A finished run that is resumed probes no more.
     assert eat.main(flags(sounds, tmp_path / "run", "--resume", *probed)) == 0
     assert list(found) == [line["step"] for line in logged(tmp_path / "run") if "knn_mean" in line]
+
+
+def test_a_probe_starts_anew_with_its_run_and_says_what_it_probes_on(sounds, esc, tmp_path, capsys):
+    (tmp_path / "run").mkdir()  # killed before its first checkpoint
+    (tmp_path / "run/log.jsonl").write_text('{"step": 0, "knn_cls": 9, "knn_mean": 9}\n{"step": 1, "loss": 9}\n')
+    assert eat.main(flags(esc, tmp_path / "run", f"--probe={esc}", "--steps=1")) == 0
+    assert "the very sound it is trained on" in capsys.readouterr().out
+    assert [line["step"] for line in logged(tmp_path / "run")] == [0, 1] and logged(tmp_path / "run")[0]["knn_mean"] <= 1
+    make_manifests(tmp_path / "labels")
+    assert eat.main(flags(sounds, tmp_path / "other", f"--probe={tmp_path}/labels")) == 2
+    assert "one label each" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("wrong, says", [
