@@ -305,7 +305,14 @@ def find_audio(path):
     """The sound files `path` stands for, sorted: a folder (searched recursively), a sound file, or a list: a text
     file with a path a line, or the release's manifest (first line the root folder, then `path<tab>samples`)."""
     if os.path.isdir(path):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+        found, seen = [], set()
+        for folder, below, names in os.walk(path, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # links may lead in circles
+                below.clear()
+                continue
+            seen.add(real)
+            below.sort()  # whichever way leads to a folder first
+            found += [os.path.join(folder, name) for name in names]
         return sorted(name for name in found if os.path.splitext(name)[1].lower() in AUDIO_ENDINGS)
     if os.path.splitext(path)[1].lower() in AUDIO_ENDINGS:
         return [path]

@@ -1307,6 +1307,8 @@ def test_a_path_is_a_folder_a_file_or_a_list(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     a, b = tone(tmp_path / "a.WAV", 16_000), tone(tmp_path / "deep" / "er" / "b.flac", 16_000)
     (tmp_path / "notes.md").write_text("not sound")
+    (tmp_path / "deep" / "up").symlink_to(tmp_path)  # in a circle
+    (tmp_path / "twice").symlink_to(tmp_path / "deep")
     (tmp_path / "list.txt").write_text("a.WAV\n\ndeep/er/b.flac\nmissing.wav\n")
     (tmp_path / "train.tsv").write_text(f"{tmp_path}\na.WAV\t32000\ndeep/er/b.flac\t32000\n")
     both = [str(a), str(b)]
