@@ -625,7 +625,12 @@ def open_labelled(path, frames, esc10=False, seed=0):
     ):
         if all(os.path.exists(os.path.join(path, sign)) for sign in signs):
             break
-    kind, rows, classes, folds, *weights = opener(path, esc10, seed)
+    try:
+        kind, rows, classes, folds, *weights = opener(path, esc10, seed)
+    except AudioError:
+        raise
+    except (LookupError, ValueError, csv.Error) as error:
+        raise AudioError(path, f"the files that list its labels ({', '.join(signs)}) are not in their form: {error!r}") from None
 
     if packed:
         number = {os.path.abspath(packed.name(k)): k for k in np.flatnonzero(packed.lengths)}
@@ -640,7 +645,7 @@ def open_labelled(path, frames, esc10=False, seed=0):
     if absent:
         notes.append(f"no clips of fold {', '.join(map(str, absent))}: the result is not that of five folds")
     if not folds:
-        raise AudioError(path, f"{kind} with one fold: nothing to test on")
+        raise AudioError(path, f"{kind} with one fold or none: nothing to test on")
     numbers = {}
     for fold, (train, test) in folds.items():
         numbers[fold] = tuple(torch.from_numpy(np.flatnonzero(np.isin(places, list(place)))) for place in (train, test))
@@ -705,9 +710,10 @@ def _manifests(path, *_):
     trained = sum(place == "train" for _, _, place in rows)
     weights[:trained] = 1.0
     if found:
-        given = np.loadtxt(os.path.join(path, found[0]))
-        if len(given) != trained:
-            raise AudioError(path, f"{found[0]} holds {len(given)} weights for {trained} training clips")
+        with open(os.path.join(path, found[0])) as file:
+            given = np.array([float(line) for line in file if line.strip()])
+        if len(given) != trained or not (given >= 0).all() or not 0 < given.sum() < math.inf:
+            raise AudioError(path, f"{found[0]} must hold {trained} weights, one of at least 0 for each training clip")
         weights[:trained] = torch.from_numpy(given)
     return "AudioSet manifests", rows, classes, {"eval": (["train"], ["eval"])}, weights
 
@@ -767,6 +773,17 @@ def pyplot():
     return pyplot
 
 
+def save_picture(figure, path):
+    """Write a figure in the format that the path's ending names. Raises AudioError where there is none of that name."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        figure.savefig(path, dpi=100)
+    except ValueError as error:
+        raise AudioError(path, str(error)) from None
+    finally:
+        pyplot().close(figure)
+
+
 def draw_spectrogram(axes, image, labels=True):
     """(128, T) mel bins x frames, or with a last axis of colours, on axes of seconds and hertz."""
     seconds, whole = image.shape[1] * SHIFT / SAMPLE_RATE, np.asarray(image)  # with what a mask hides
@@ -794,11 +811,10 @@ def show(clip, out, seed=0):
     kind of mask."""
     from eat import PATCH, EATConfig, draw_masks  # not at the top: eat.py imports this file
 
-    plt = pyplot()
     waveform, x = first_clip(clip, 256 if clip == "demo" else 1024, *STATS["audioset"], seed)
     image, frames = x[0, 0].T.numpy(), x.shape[2]
     grid, seconds = (frames // PATCH, MEL_BINS // PATCH), frames / 100
-    figure = plt.figure(figsize=(12, 11), layout="constrained")
+    figure = pyplot().figure(figsize=(12, 11), layout="constrained")
     rows = figure.add_gridspec(5, 4, height_ratios=(0.6, 1, 0.8, 0.8, 0.8))
     axes = figure.add_subplot(rows[0, :])
     axes.plot(np.arange(len(waveform)) / SAMPLE_RATE, waveform, linewidth=0.5)
@@ -817,8 +833,7 @@ def show(clip, out, seed=0):
             hidden = masks[k].T.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).numpy()
             draw_spectrogram(axes, np.ma.masked_array(image, hidden), labels=False)
             axes.set(facecolor="lightgray", title=f"{kind.replace('_', ' ')} mask, clone {k + 1}")
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
+    save_picture(figure, out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -868,22 +883,22 @@ def bench(path, frames, count):
 
 
 def main(argv=None):
-    from eat import Parser  # not at the top: eat.py imports this file
+    from eat import Parser, at_least  # not at the top: eat.py imports this file
 
     parser = Parser(prog="data.py", description="Sound as EAT reads it.")
     commands = parser.add_subparsers(dest="command", required=True)
     shower = commands.add_parser("show", help="draw a clip: waveform, spectrogram, patches, masks")
     shower.add_argument("clip", help="a sound file, or 'demo'")
     shower.add_argument("--out", default="clip.png", help="the picture [clip.png]")
-    shower.add_argument("--seed", type=int, default=0, help="of the masks [0]")
+    shower.add_argument("--seed", type=at_least(0), default=0, help="of the masks [0]")
     packer = commands.add_parser("pack", help="decode a folder's sound once, for every run after")
     packer.add_argument("path", help="a folder of sound, a file, or a list of files")
     packer.add_argument("out", help="the folder to write, which is then a --data")
-    packer.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode [%(default)s]")
+    packer.add_argument("--workers", type=at_least(0), default=os.cpu_count(), help="processes that decode [%(default)s]")
     timer = commands.add_parser("bench", help="how many clips a second a core reads")
     timer.add_argument("path", help="a folder of sound, a file, a list of files, a pack, or 'demo'")
-    timer.add_argument("--frames", type=int, default=1024, help="length of a clip in frames of 10 ms [1024]")
-    timer.add_argument("--clips", type=int, default=512, help="how many to read [512]")
+    timer.add_argument("--frames", type=at_least(1), default=1024, help="length of a clip in frames of 10 ms [1024]")
+    timer.add_argument("--clips", type=at_least(1), default=512, help="how many to read [512]")
     args = parser.parse_args(argv)
     try:
         if args.command == "show":

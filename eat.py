@@ -585,7 +585,7 @@ from torch.utils.data import DataLoader  # noqa: E402  the method above needs to
 from tqdm import tqdm  # noqa: E402
 
 from data import (STATS, AudioError, clip_samples, describe_skipped, did_you_mean, measure_stats, open_clips,  # noqa: E402
-                  open_labelled, pyplot, spectrogram)
+                  open_labelled, pyplot, save_picture, spectrogram)
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -1151,15 +1151,15 @@ def plot(out):
     path = os.path.join(out, "log.jsonl")
     if not os.path.exists(path):
         raise UsageError(f"{path}: no such file; a run writes it into its --out folder")
-    lines = JsonLines.read(path)
+    if not (lines := JsonLines.read(path)):
+        raise UsageError(f"{path}: nothing in it yet")
     panels = {"loss": ("frame_loss", "utterance_loss"), "standard deviation": ("target_std", "prediction_std"),
               "gradient norm": ("grad_norm",), "learning rate": ("lr",), "teacher decay": ("teacher_decay",),
               "clips a second": ("clips_per_second",)}
     if any("knn_mean" in line for line in lines):
         panels |= {"accuracy of nearest neighbours": ("knn_cls", "knn_mean")}
         del panels["clips a second"]
-    plt = pyplot()
-    figure, grid = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    figure, grid = pyplot().subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axes, (title, names) in zip(grid.flat, panels.items()):
         for name in names:
             known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
@@ -1169,8 +1169,7 @@ def plot(out):
             axes.yaxis.set_major_formatter("{x:.5g}")
         axes.legend() if len(names) > 1 else None
     picture = os.path.join(out, "log.png")
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
+    save_picture(figure, picture)
     return picture
 
 
@@ -1518,6 +1517,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def at_least(least):
+    """An argparse type: a whole number of at least so many."""
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be a number of at least {least}")
+        return int(text)
+    return number
+
+
 def add_flags(parser, *kinds):
     """A flag for every field of some dataclasses; the parsed result holds only those that were given."""
     for kind in kinds:
@@ -1600,9 +1608,9 @@ def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {path}: {error.strerror}") from None
+        raise UsageError(f"{path}: {error.strerror}; expected a folder to write to") from None
     if not os.access(path, os.W_OK):
-        raise UsageError(f"--out {path}: cannot be written to")
+        raise UsageError(f"{path}: cannot be written to")
 
 
 def describe(config, recipe, clips, machine, resumed, labelled):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import eat
 from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, AudioError, Pack, as_float, clip_samples, describe_few,
                   describe_skipped, draw_spectrogram, existing_audio, first_clip, is_pack, load_audio, open_labelled,
-                  printable, pyplot, spectrogram)
+                  printable, pyplot, save_picture, spectrogram)
 from eat import MEL_BINS, PATCH, EATConfig, Encoder, UsageError, option
 
 # ---------------------------------------------------------------------------------------------------------
@@ -452,11 +452,10 @@ def write_results(results, data, recipe, config):
         }, file, indent=1)
     if data.multi_label:
         return
-    plt = pyplot()
     best = results.get("fine-tuned") or results["mean of patches"]
     confusion = np.sum([result["confusion"] for result in best.values()], axis=0)
     size = 3 + 0.3 * len(data.classes)
-    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(size, size), layout="constrained")
     axes.imshow(confusion, cmap="Blues")
     axes.set_xticks(range(len(data.classes)), data.classes, rotation=90)
     axes.set_yticks(range(len(data.classes)), data.classes)
@@ -465,8 +464,7 @@ def write_results(results, data, recipe, config):
         if count:
             axes.text(column, row, count, ha="center", va="center", fontsize=7,
                       color="white" if count > confusion.max() / 2 else "black")
-    figure.savefig(os.path.join(recipe.out, "confusion.png"), dpi=100)
-    plt.close(figure)
+    save_picture(figure, os.path.join(recipe.out, "confusion.png"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -573,7 +571,8 @@ def read_labels(path, count):
 
 def embed(args):
     """Features of every file into an .npz: CLS and mean of patches, a row a file; with --frames a row every 0.16 s."""
-    encoder = eat.load_encoder(args.checkpoint)
+    encoder, out = eat.load_encoder(args.checkpoint), args.out.removesuffix(".npz") + ".npz"
+    eat.make_folder(os.path.dirname(out) or ".")
     paths, columns = [], collections.defaultdict(list)
     for path, tokens, lengths in run_windows(encoder, encoder.config, [args.path], eat.Machine(args)):
         # A window holds as many time steps of 16 frames as its sound reaches into.
@@ -591,9 +590,9 @@ def embed(args):
         paths.append(path)
     if not paths:
         raise AudioError(args.path, "no file in it can be read")
-    np.savez(args.out, paths=np.array(paths), **{name: torch.cat(parts).numpy() for name, parts in columns.items()})
+    np.savez(out, paths=np.array(paths), **{name: torch.cat(parts).numpy() for name, parts in columns.items()})
     shapes = ", ".join(f"{name} {tuple(torch.cat(parts).shape)}" for name, parts in columns.items())
-    print(f"{args.out}: {len(paths)} files; {shapes}")
+    print(f"{out}: {len(paths)} files; {shapes}")
     return 0
 
 
@@ -612,8 +611,7 @@ def look(args):
     def per_patch(values):  # (N, ...) -> (128, T, ...)
         return values.unflatten(0, grid).transpose(0, 1).repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).numpy()
 
-    plt = pyplot()
-    figure = plt.figure(figsize=(12, 8), layout="constrained")
+    figure = pyplot().figure(figsize=(12, 8), layout="constrained")
     rows = figure.add_gridspec(3, 2)
     draw_spectrogram(axes := figure.add_subplot(rows[0, :]), image)
     axes.set_title(printable(os.path.basename(args.clip)))
@@ -628,8 +626,7 @@ def look(args):
         attention = cls_attention(model, x)
         draw_spectrogram(axes := figure.add_subplot(rows[row, 1]), per_patch(attention / attention.max()))
         axes.set_title(f"{name}: attention of CLS")
-    figure.savefig(args.out, dpi=100)
-    plt.close(figure)
+    save_picture(figure, args.out)
     print(args.out)
     return 0
 
@@ -738,13 +735,13 @@ def main(argv=None):
         parser.add_argument("clip", help="a sound file, or 'demo'")
         parser.add_argument("--checkpoint", required=True, help="a checkpoint")
         parser.add_argument("--out", default="look.png", help="the picture [look.png]")
-        parser.add_argument("--seed", type=int, default=0, help="of the random weights [0]")
+        parser.add_argument("--seed", type=eat.at_least(0), default=0, help="of the random weights [0]")
         job, given = look, parser.parse_args(argv[1:])
     elif argv[:1] in (["predict"], ["embed"]):
         parser = eat.Parser(prog=f"finetune.py {argv[0]}", description=globals()[argv[0]].__doc__)
         if argv[0] == "predict":
             parser.add_argument("clips", nargs="+", help="sound files, folders, lists or packs")
-            parser.add_argument("--top", type=int, default=5, help="labels a file [5]")
+            parser.add_argument("--top", type=eat.at_least(1), default=5, help="labels a file [5]")
             parser.add_argument("--labels", help="names of the classes: a csv of index, id, name, or a name a line")
             parser.add_argument("--json", action="store_true", help="JSON instead of a table")
         else:
@@ -756,7 +753,7 @@ def main(argv=None):
         parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "mps"), help="[auto]")
         parser.add_argument("--precision", choices=tuple(eat.PRECISIONS), help=eat.PRECISION_HELP)
         parser.add_argument("--compile", action="store_true", help="pays for many files, on CUDA")
-        parser.add_argument("--workers", type=int, default=0, help="processes that read sound, for many files [0]")
+        parser.add_argument("--workers", type=eat.at_least(0), default=0, help="processes that read sound, for many files [0]")
         job, given = globals()[argv[0]], parser.parse_args(argv[1:])
     else:
         eat.add_flags(parser, FineTune)

@@ -755,6 +755,29 @@ def test_bad_input_gets_one_line_and_status_2(wrong, says, sounds, whole_run, tm
     assert len(lines) == 1 and says in lines[0]
 
 
+@pytest.mark.parametrize("main, wrong, says", [
+    (eat.main, ["plot", "{empty}"], "log.jsonl: no such file"),
+    (eat.main, ["export", "{run}/last.pt", "{run}/last.pt"], "expected a folder"),
+    (data.main, ["show", "demo", "--seed=-1"], "at least 0"),
+    (data.main, ["show", "demo", "--out={empty}/a.xyz"], "Format 'xyz' is not supported"),
+    (data.main, ["bench", "demo", "--frames=0"], "at least 1"),
+    (data.main, ["bench", "demo", "--clips=0"], "at least 1"),
+    (data.main, ["pack", "{empty}", "{empty}/pack", "--workers=-1"], "at least 0"),
+    (finetune.main, ["look", "demo", "--checkpoint={run}/last.pt", "--out={empty}/a.xyz"], "Format 'xyz' is not supported"),
+    (finetune.main, ["look", "demo", "--checkpoint={run}/last.pt", "--seed=x"], "invalid number value"),
+    (finetune.main, ["embed", "{empty}", "--checkpoint={run}/last.pt", "--workers=-1"], "at least 0"),
+    (finetune.main, ["embed", "demo.wav", "--checkpoint={run}/last.pt", "--out={run}/last.pt/x.npz"], "expected a folder"),
+    (finetune.main, ["predict", "{empty}", "--checkpoint={run}/last.pt", "--top=0"], "at least 1"),
+])
+def test_bad_input_to_the_other_commands_too(main, wrong, says, whole_run, tmp_path, capsys):
+    try:
+        assert main([flag.format(empty=tmp_path, run=whole_run) for flag in wrong]) == 2
+    except SystemExit as error:
+        assert error.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0]
+
+
 def test_too_little_memory_is_one_line(sounds, tmp_path, capsys):
     assert eat.main(flags(sounds, tmp_path, "--clones=1000000000")) == 1
     said = capsys.readouterr().err.strip().splitlines()
@@ -1579,6 +1602,20 @@ def test_manifests_have_several_labels_a_clip(tmp_path):
     assert (drawn == 3).float().mean().item() == pytest.approx(0.75, abs=0.01)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"a\n", b"a,b\nc,d\n", b"index,mid,name\n", b"-1\n0\n1\n3\n"])
+def test_lists_of_labels_in_another_form_are_one_line(content, tmp_path):
+    lists = [make_esc(tmp_path / "esc") / "meta" / "esc50.csv"]
+    folder = make_manifests(tmp_path / "as")
+    lists += [folder / name for name in ("train.tsv", "train.lbl", "eval.lbl", "label_descriptors.csv", "weight_train_all.csv")]
+    for path in lists:
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(AudioError, match=r"\S"):
+            data.open_labelled(str(tmp_path / ("esc" if path is lists[0] else "as")), 64)
+        path.write_bytes(before)
+    assert len(data.open_labelled(str(folder), 64).clips) == 6  # only the lists were at fault
+
+
 def test_folders_of_classes_with_and_without_parts(tmp_path):
     for part in ("train", "test"):
         for name in ("one", "two"):
@@ -1855,9 +1892,9 @@ def test_embed_writes_rows_for_files_and_for_time_steps(whole_run, tmp_path):
         tone(tmp_path / f"{k}.wav", 16_000, seconds=seconds)
     (tmp_path / "zz.wav").write_text("no sound")
     where = [str(tmp_path), f"--checkpoint={whole_run}/last.pt", "--device=cpu", "--precision=float32",
-             f"--out={tmp_path}/x.npz"]
+             f"--out={tmp_path}/new/x"]
     assert finetune.main(["embed", *where]) == 0
-    found = np.load(tmp_path / "x.npz")
+    found = np.load(tmp_path / "new" / "x.npz")
     assert [Path(path).name for path in found["paths"]] == ["0.wav", "1.wav", "2.wav"]
     assert found["cls"].shape == found["mean"].shape == (3, 32)
     encoder = eat.load_encoder(whole_run / "last.pt")
@@ -1867,13 +1904,13 @@ def test_embed_writes_rows_for_files_and_for_time_steps(whole_run, tmp_path):
     np.testing.assert_allclose(found["cls"][0], tokens[0], atol=1e-5)
 
     assert finetune.main(["embed", *where, "--frames"]) == 0
-    averaged = np.load(tmp_path / "x.npz")
+    averaged = np.load(tmp_path / "new" / "x.npz")
     steps = [math.ceil((int(seconds * 16_000) - 400) // 160 / 16 + 1e-9) for seconds in (0.3, 0.64, 3.0)]
     assert np.bincount(averaged["path_index"]).tolist() == steps
     assert averaged["seconds"][-1] == pytest.approx((steps[-1] - 1) * 0.16, abs=1e-5)
     np.testing.assert_allclose(averaged["features"][0], tokens[1:9].mean(0), atol=1e-5)
     assert finetune.main(["embed", *where, "--frames", "--join"]) == 0
-    joined = np.load(tmp_path / "x.npz")["features"]
+    joined = np.load(tmp_path / "new" / "x.npz")["features"]
     np.testing.assert_allclose(joined.reshape(-1, 8, 32).mean(1), averaged["features"], atol=1e-5)
 
 
