@@ -942,18 +942,19 @@ class JsonLines:
         """`keep`: which of the lines that are there already; those after the checkpoint of a resumed run will come again."""
         self.path, self.waiting = path, b""
         if os.path.exists(path):
-            with open(path, "rb") as file, open(path + ".part", "wb") as kept:
-                kept.writelines(line for line in file if self.whole(line) and keep(json.loads(line)))
+            with open(path + ".part", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.read(path) if keep(line))
             os.replace(path + ".part", path)
 
     @staticmethod
-    def whole(line):
-        return line.startswith(b"{") and line.endswith(b"}\n")
-
-    @classmethod
-    def read(cls, path):
+    def read(path):
+        """The lines, without those that a kill or a power cut spoilt."""
+        lines = []
         with open(path, "rb") as file:
-            return [json.loads(line) for line in file if cls.whole(line)]
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    lines.append(json.loads(line))
+        return [line for line in lines if isinstance(line, dict) and "step" in line]
 
     def append(self, line):
         self.waiting += json.dumps(line).encode() + b"\n"
@@ -1162,12 +1163,13 @@ def plot(out):
     figure, grid = pyplot().subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axes, (title, names) in zip(grid.flat, panels.items()):
         for name in names:
-            known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            axes.plot(*zip(*known), label=name.replace("_", " "), marker="." if "knn" in name else None) if known else None
+            if known := [(line["step"], line[name]) for line in lines if line.get(name) is not None]:
+                axes.plot(*zip(*known), label=name.replace("_", " "), marker="." if "knn" in name else None)
         axes.set(title=title, xlabel="step", yscale="log" if title in ("loss", "gradient norm") else "linear")
         if axes.get_yscale() == "linear":
             axes.yaxis.set_major_formatter("{x:.5g}")
-        axes.legend() if len(names) > 1 else None
+        if len(axes.lines) > 1:
+            axes.legend()
     picture = os.path.join(out, "log.png")
     save_picture(figure, picture)
     return picture

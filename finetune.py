@@ -338,7 +338,7 @@ def fine_tune(data, encoder, config, recipe, machine, resumed):
     """Every fold: train, then test once -> {fold: its results}, or the number of the signal that stopped it."""
     done = resumed["done"] if resumed else {}
     seen = {fold: recipe.steps for fold in done} | ({resumed["fold"]: resumed["step"]} if resumed else {})
-    log = eat.JsonLines(os.path.join(recipe.out, "log.jsonl"), lambda line: line["step"] <= seen.get(line["fold"], 0))
+    log = eat.JsonLines(os.path.join(recipe.out, "log.jsonl"), lambda line: line["step"] <= seen.get(line.get("fold"), 0))
     stop = eat.StopSignal(machine)
     for fold in chosen_folds(data, recipe):
         if fold in done:
