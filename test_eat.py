@@ -884,7 +884,8 @@ def test_a_run_whose_last_checkpoint_cannot_be_saved_says_so(sounds, tmp_path, c
 @full_disk
 def test_the_log_never_loses_a_line(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n\0\0\0\n{"\xff": 1}\n{"step" 2}\n[2]\n{"step": 1, "lo')  # the end as after a power failure
+    spoilt = b'\0\0\0\n{"\xff": 1}\n{"step" 2}\n[2]\n{"step": 1, "lo'  # as after a power failure
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"step": 3}\n' + spoilt)
     lines = eat.JsonLines(str(path), lambda line: line["step"] <= 2)
     disk = tmp_path / "disk"
     path.rename(disk)
