@@ -1038,8 +1038,8 @@ class Log:
             every = max(self.recipe.log_every, self.recipe.steps // 40)
             if self.bar.disable and (step // every > self.last_step // every or step == self.recipe.steps):
                 print(f"step {step}/{self.recipe.steps}", *(f"{k} {v}" for k, v in short.items()), flush=True)
-            if len(self.skipped) > self.named:
-                self.bar.write(f"skipped {len(self.skipped)}: {describe_skipped(self.skipped)}", file=sys.stderr)
+            if new := dict(list(self.skipped.items())[self.named :]):
+                self.bar.write(f"skipped {len(self.skipped)} so far; new: {describe_skipped(new)}", file=sys.stderr)
                 self.named = len(self.skipped)
             if line["not_finite"]:
                 self.bar.write(f"step {step}: the gradients of {line['not_finite']} of the last {steps} steps were not finite, "

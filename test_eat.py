@@ -1309,6 +1309,9 @@ def test_a_thousand_damaged_files_harm_nothing(tmp_path, capfd):
     run = flags(folder, tmp_path / "out", "--epochs=1", "--batch-size=32", "--log-every=5", "--workers=1")
     assert eat.main([flag for flag in run if flag != "--steps=8"]) == 0
     lines = logged(tmp_path / "out")
+    said = " ".join(line for line in capfd.readouterr().err.splitlines() if " so far; new: " in line)
+    named = re.findall(rf"{folder}/(\S+) \(", said)  # each once, when it is met
+    assert len(named) == len(set(named)) > 3
     assert lines[-1]["skipped"] == len(broken) > 100 and not {"nan.wav", "pipe.wav"} - {Path(path).name for path in broken}
     assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
 
