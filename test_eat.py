@@ -1614,8 +1614,9 @@ def test_lists_of_labels_in_another_form_are_one_line(content, tmp_path):
     for path in lists:
         before = path.read_bytes()
         path.write_bytes(content)
-        with pytest.raises(AudioError, match=r"\S"):
+        with pytest.raises(AudioError) as error:
             data.open_labelled(str(tmp_path / ("esc" if path is lists[0] else "as")), 64)
+        assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
         path.write_bytes(before)
     assert len(data.open_labelled(str(folder), 64).clips) == 6  # only the lists were at fault
 
@@ -1937,6 +1938,8 @@ def test_plot_draws_the_learning_curves(whole_run, tmp_path, capsys):
     assert eat.main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
     assert eat.main(["plot", str(tmp_path / "nowhere")]) == 2
+    (tmp_path / "log.jsonl").write_text("")
+    assert eat.main(["plot", str(tmp_path)]) == 2 and "nothing in it yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong, says", [
