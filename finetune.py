@@ -150,13 +150,13 @@ RECIPES = {
     "esc50": dict(frames=512, stats="esc50", spec_augment=0.4, label_smoothing=0.1),
     "spc2": dict(frames=128, stats="spc2", steps=40_000, batch_size=256, lr=2e-4, mixup=0.8,
                  label_smoothing=0.1, loss="bce", noise=True),
-    "small": dict(stats="checkpoint", steps=800, batch_size=8, lr=1e-3, label_smoothing=0.1),
+    "small": dict(frames=512, stats="checkpoint", reading="patches", steps=800, batch_size=16,
+                  lr=1e-3, label_smoothing=0.1),
 }
 
 
 def recipe_for(data):
-    """The row of a Labelled data set, or None where the release has none: ESC-50's, then, but for
-    the length of a clip."""
+    """The row of a Labelled data set, or None where the release has none: ESC-50's, then."""
     if data.kind == "AudioSet manifests":
         return "as2m" if sum(len(train) for train, _ in data.folds.values()) > 100_000 else "as20k"
     return {"Speech Commands": "spc2", "ESC-50": "esc50", "ESC-10": "esc50"}.get(data.kind)
@@ -744,7 +744,8 @@ def look(args):
     torch.manual_seed(args.seed)
     state = eat.read_checkpoint(args.checkpoint) if args.checkpoint else None
     config = EATConfig(**state["config"]) if state else EATConfig()
-    clips = open_clips(args.clip, 256 if args.clip == "demo" else config.frames)
+    clips = open_clips(args.clip, 256 if args.clip == "demo" else 1024)  # the first 10 s
+    clips.replace = False
     waveform = as_float(clips.usable(0))
     steps = eat.time_steps(torch.tensor(len(waveform)), clips.frames).item()
     grid = (max(2, steps), MEL_BINS // PATCH)
@@ -788,7 +789,8 @@ def look_at_encoder(figure, name, state, x, image, grid):
     config = EATConfig(**state["config"])
     random, encoder = Encoder(config).eval(), Encoder(config).eval()
     eat.fill(encoder, eat.part_of(state, "student.", "encoder."), name)
-    for row, (title, model) in enumerate((("random weights", random), (name, encoder)), 1):
+    pair = (("random weights", random), ("this checkpoint", encoder))
+    for row, (title, model) in enumerate(pair, 1):
         (colour,) = colours(model(x)[0, 1:])
         axes = figure.add_subplot(rows[row, :3])
         draw_spectrogram(axes, per_patch(colour, grid) * light, f"{title}: principal components")
@@ -848,13 +850,14 @@ def settle(given):
     esc10, seed = given.get("esc10", False), given.get("seed", FineTune.seed)
     data = open_labelled(given["data"], start.frames, esc10, seed)
     name = given.get("recipe") or recipe_for(data)
-    row = RECIPES.get(name)
-    if row is None:
-        row = {k: v for k, v in RECIPES["esc50"].items() if k not in ("frames", "stats")}
-    base = {"frames": start.frames, "stats": "checkpoint"}
+    row = dict(RECIPES[name or "esc50"])
+    if name is None:
+        row["stats"] = "checkpoint"
+    if data.kind == "demo":
+        row["frames"] = start.frames
     if not checkpoint:
-        base["layer_decay"] = 1.0
-    recipe = eat.settings(FineTune, base, row, given, {"recipe": name})
+        row["layer_decay"] = 1.0
+    recipe = eat.settings(FineTune, row, given, {"recipe": name})
     if recipe.mode != "finetune" and checkpoint and "stats" not in given:
         recipe.stats = "checkpoint"
     mean, std = STATS.get(recipe.stats, (start.mean, start.std))
