@@ -1,12 +1,14 @@
 """Every test, grouped by the file it tests:  pytest test_eat.py
 
 Those that need the released code's fixtures or real sound look for them in ../shared and skip
-without it. Those that take minutes (kills at random moments, a run of 2,000 steps) are run by
-pytest -m slow test_eat.py  alone.
+without it. Those that need an NVIDIA card skip without one:  pytest -m cuda test_eat.py  runs them
+alone. Those that take minutes (kills at random moments, a run of 2,000 steps) are run only by
+pytest -m slow test_eat.py
 """
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import math
@@ -49,20 +51,20 @@ real_sound = pytest.mark.skipif(not (SHARED / "data").exists(), reason="needs ..
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="looks into /proc")
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ here")
-with warnings.catch_warnings():  # there is no file to register it in
+with warnings.catch_warnings():  # there is no file to register them in
     warnings.simplefilter("ignore")
-    slow = pytest.mark.slow
+    slow, cuda = pytest.mark.slow, pytest.mark.cuda
 
 
 @pytest.fixture(autouse=True)
-def slow_only_when_asked(request):
+def only_when_asked_and_possible(request):
     if request.node.get_closest_marker("slow") and "slow" not in request.config.getoption("-m"):
         pytest.skip("takes minutes: pytest -m slow test_eat.py")
+    if request.node.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA card")
 
 
-# The model of the fixtures, and one small enough to train in a test.
-FIXTURE = dict(dim=64, depth=3, heads=4, frames=256, clones=4, mask_noise_std=0.0,
-               utterance_weight=1.0)
+# A model small enough to train in a test.
 SMALL = dict(dim=32, depth=2, heads=2, frames=64, clones=2, decoder_layers=2)
 SMALL_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
 CPU_FLAGS = ["--device=cpu", "--precision=float32", "--workers=0"]
@@ -72,8 +74,14 @@ def small(**changes):
     return EATConfig(**{**SMALL, **changes})
 
 
+def machine_of(device, precision="float32", compile=False):
+    if compile:
+        torch._dynamo.reset()  # it gives up on code that it has compiled for eight models
+    return eat.Machine(device=device, precision=precision, compile=compile, workers=0)
+
+
 def cpu(precision="float32", compile=False):
-    return eat.Machine(device="cpu", precision=precision, compile=compile, workers=0)
+    return machine_of("cpu", precision, compile)
 
 
 def refused(main, arguments, says, capsys):
@@ -89,6 +97,22 @@ def refused(main, arguments, says, capsys):
 
 def relative_error(x, reference):
     return ((x - reference).norm() / reference.norm()).item()
+
+
+def joined(tensors):
+    return torch.cat([x.detach().cpu().flatten() for x in tensors])
+
+
+def losses_and_gradients(model, x, mask, machine, parts=1):
+    """The losses of a batch (of its last part) and its gradients by name, on the CPU."""
+    model = copy.deepcopy(model).to(machine.device)
+    net = machine.prepare(model)
+    for part in zip(x.to(machine.device).chunk(parts), mask.to(machine.device).chunk(parts)):
+        with machine.autocast():
+            losses = net(*part)
+        (losses["loss"] / parts).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses, {name: gradient.cpu() for name, gradient in gradients.items()}
 
 
 def visible(mask):
@@ -117,7 +141,8 @@ def release_name(name):
 def formula():
     """Model, spectrogram and mask that formulas give, on which the released code printed the
     figures below."""
-    model = EAT(EATConfig(**FIXTURE))
+    model = EAT(EATConfig(dim=64, depth=3, heads=4, frames=256, clones=4, mask_noise_std=0.0,
+                          utterance_weight=1.0))
     for name, p in model.named_parameters():
         theirs = release_name(name)
         i = torch.arange(p.numel(), dtype=torch.float64)
@@ -148,26 +173,31 @@ GRADIENT_NORMS = {
 
 # How far each way of computing may be from the release: losses; norms of gradients, relative and
 # absolute.
-@pytest.mark.parametrize("precision, compile, near_loss, near_norm, nearly_no_norm", [
-    ("float32", False, 1e-6, 1e-5, 0), ("bfloat16", False, 1e-2, 2e-2, 0.05),
-    pytest.param("float32", True, 1e-6, 1e-5, 0, marks=needs_compiler)])
-def test_losses_and_gradients_equal_the_release(precision, compile, near_loss, near_norm,
-                                                nearly_no_norm, formula):
-    model, x, mask = formula
-    machine = cpu(precision, compile)
-    model.zero_grad()
-    with machine.autocast():
-        losses = machine.prepare(model)(x, mask)
-    losses["loss"].backward()
-    assert losses["frame_loss"].item() == pytest.approx(22.156864, rel=near_loss)
-    assert losses["utterance_loss"].item() == pytest.approx(7.8057818, rel=near_loss)
+# How far each way of computing may be from the release's losses, and from its gradients.
+@pytest.mark.parametrize("device, precision, compile, near, near_gradient", [
+    ("cpu", "float32", False, 1e-6, 1e-5), ("cpu", "bfloat16", False, 1e-2, 2e-2),
+    pytest.param("cpu", "float32", True, 1e-6, 1e-5, marks=needs_compiler),
+    *(pytest.param("cuda", *how, marks=cuda) for how in (
+        ("float32", False, 2e-5, 1e-3), ("float32", True, 2e-5, 1e-3),
+        ("bfloat16", False, 1e-2, 0.1), ("bfloat16", True, 1e-2, 0.1),
+        ("float16", False, 1e-2, 0.1)))])
+def test_losses_and_gradients_equal_the_release(device, precision, compile, near, near_gradient,
+                                                formula):
+    machine = machine_of(device, precision, compile)
+    losses, found = losses_and_gradients(*formula, machine)
+    assert losses["frame_loss"].item() == pytest.approx(22.156864, rel=near)
+    assert losses["utterance_loss"].item() == pytest.approx(7.8057818, rel=near)
+    if device == "cuda":
+        _, wanted = losses_and_gradients(*formula, cpu())
+        assert found.keys() == wanted.keys()
+        assert relative_error(joined(found.values()), joined(wanted.values())) < near_gradient
+        return
     norms = {}
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            group = next(group for group in GRADIENT_NORMS if name.startswith(group))
-            norms[group] = math.hypot(norms.get(group, 0), p.grad.norm().item())
-    assert norms == pytest.approx(GRADIENT_NORMS, rel=near_norm, abs=nearly_no_norm)
-    assert all(p.grad is None for p in model.teacher.parameters())
+    for name, gradient in found.items():  # none of the teacher
+        group = next(group for group in GRADIENT_NORMS if name.startswith(group))
+        norms[group] = math.hypot(norms.get(group, 0), gradient.norm().item())
+    nearly_none = 0.05 if precision == "bfloat16" else 0
+    assert norms == pytest.approx(GRADIENT_NORMS, rel=near_gradient, abs=nearly_none)
 
 
 def test_targets_and_tokens_equal_the_release(formula):
@@ -185,25 +215,19 @@ def test_targets_and_tokens_equal_the_release(formula):
 
 
 def test_targets_of_the_last_blocks():
-    """All blocks' targets are, up to the last norm, the mean of what each contributes alone."""
-
-    def normalised(x, axis):
-        spread = (x.var(axis, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return (x - x.mean(axis, keepdim=True)) / spread
-
+    """They are, up to the last norm, the mean of what each block contributes alone."""
     torch.manual_seed(0)
     model, x = EAT(small(depth=3)), torch.randn(2, 1, 64, 128)
     tokens, outputs = model.teacher.embed(x), []
     for block in model.teacher.blocks:
         tokens, f = block(tokens)
-        outputs.append(normalised(f[:, 1:], 1))  # each channel, over the patches of its clip
-    for count in (1, 2, 3):
+        # Each channel is normalised over the patches of its clip.
+        outputs.append(F.instance_norm(f[:, 1:].transpose(1, 2)).transpose(1, 2))
+    for count in (1, 2, 3, None):
         model.config.target_blocks = count
-        wanted = normalised(torch.stack(outputs[3 - count :]).mean(0), 2)
-        torch.testing.assert_close(model.targets(x), wanted, atol=1e-5, rtol=1e-5)
-    every = model.targets(x)
-    model.config.target_blocks = None
-    assert torch.equal(model.targets(x), every)
+        wanted = torch.stack(outputs[-(count or 3) :]).mean(0)
+        torch.testing.assert_close(model.targets(x), F.layer_norm(wanted, (32,)), atol=1e-5,
+                                   rtol=1e-5)
     assert not model.train().teacher.training  # whatever the student does
 
 
@@ -220,17 +244,15 @@ def test_each_loss_can_be_had_alone():
 
 @fixtures
 def test_a_whole_step_equals_the_release():
+    """From the student, the decoder and the teacher in a file of fairseq."""
+    model = eat.load_pretrained(TINY / "fairseq_pretrained.pt")
     fixture = torch.load(TINY / "pretrain.pt", weights_only=True)
+    for name, p in model.named_parameters():
+        part = "teacher" if name.startswith("teacher") else "student"
+        assert torch.equal(p, fixture[part][release_name(name)]), name
     x, mask = fixture["spectrogram"], fixture["mask"]
     views = mask.shape[0] * mask.shape[1]  # the release sums the utterance loss over views
-    model = EAT(EATConfig(**{**FIXTURE, "utterance_weight": float(views)}))
-
-    def load(**states):
-        for part, state in states.items():
-            for name, p in getattr(model, part).named_parameters(part):
-                p.data.copy_(state[release_name(name)])
-
-    load(student=fixture["student"], decoder=fixture["student"], teacher=fixture["teacher"])
+    model.config.utterance_weight = float(views)
     keep = visible(mask)
     tokens = model.student(x, keep)
     close = dict(atol=2e-5, rtol=1e-5)
@@ -243,43 +265,46 @@ def test_a_whole_step_equals_the_release():
     predicted = model.decode(tokens[:, 1:], keep, (16, 8))
     torch.testing.assert_close(predicted.flatten(0, 1), fixture["decoder_tokens"], **close)
 
-    losses = model(x, mask)
-    summed = losses["utterance_loss"].item() * views
-    assert losses["frame_loss"].item() == pytest.approx(fixture["frame_loss"], rel=1e-6)
-    assert summed == pytest.approx(fixture["utterance_loss_summed_over_views"], rel=1e-6)
-    assert losses["loss"].item() == pytest.approx(fixture["total_loss"], rel=1e-6)
-    losses["loss"].backward()
-    grads = {release_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert grads.keys() == fixture["grads"].keys()
+    losses, grads = losses_and_gradients(model, x, mask, cpu())
+    for found, wanted in ((losses["frame_loss"], "frame_loss"), (losses["loss"], "total_loss"),
+                          (losses["utterance_loss"] * views, "utterance_loss_summed_over_views")):
+        assert found.item() == pytest.approx(fixture[wanted], rel=1e-6)
+    assert {release_name(name) for name in grads} == fixture["grads"].keys()
     for name, grad in grads.items():
-        assert relative_error(grad, fixture["grads"][name]) < 1e-4, name
+        assert relative_error(grad, fixture["grads"][release_name(name)]) < 1e-4, name
 
-    load(student=fixture["student_after_step"])
+    for name, p in model.student.named_parameters():
+        p.data.copy_(fixture["student_after_step"][release_name(name)])
     model.update_teacher(fixture["ema_decay_of_that_step"])
     for name, p in model.teacher.named_parameters():
         want = fixture["teacher_after_ema"][release_name(name)]
         torch.testing.assert_close(p, want, atol=1e-7, rtol=1e-6)
 
 
+@fixtures
+def test_a_run_goes_on_from_a_fairseq_file(sounds, tmp_path):
+    """With a learning rate of 0 the student stays, and the teacher nears it."""
+    source = TINY / "fairseq_pretrained.pt"
+    run = [f"--data={sounds}", f"--out={tmp_path}", f"--init={source}", "--steps=1", "--lr=0",
+           "--batch-size=4", "--ema-decay=0.9", "--ema-end-decay=0.9", *CPU_FLAGS]
+    assert eat.main(run) == 0
+    before, after = eat.load_pretrained(source), eat.load_pretrained(tmp_path / "last.pt")
+    assert after.config.frames == 256 and after.config.clones == 4
+    before.update_teacher(0.9)
+    torch.testing.assert_close(after.state_dict(), before.state_dict())
+
+
 # ---- eat.py: the parts ---------------------------------------------------------------------------
 
 
-def test_positions_tell_the_column_first_and_the_row_second():
-    D, (H, W) = 16, (5, 8)
-    table = eat.sincos_positions(H, W, D)
-    for row, column in ((0, 0), (1, 0), (0, 1), (4, 7)):
-        want = []
-        for p in (column, row):
-            omegas = [10000 ** (-i / (D // 4)) for i in range(D // 4)]
-            want += [math.sin(p * w) for w in omegas] + [math.cos(p * w) for w in omegas]
-        torch.testing.assert_close(table[row * W + column], torch.tensor(want))
-
-
-def test_a_clip_longer_or_shorter_than_the_table_gets_the_same_positions():
+@pytest.mark.parametrize("device, near", [("cpu", 1e-5), pytest.param("cuda", 1e-4, marks=cuda)])
+def test_a_clip_longer_or_shorter_than_the_table_gets_the_same_positions(device, near):
     short, long = Encoder(small(frames=32)), Encoder(small(frames=128))
     long.load_state_dict(short.state_dict())
     x = torch.randn(2, 1, 96, 128)
-    torch.testing.assert_close(short(x), long(x))
+    for encoder in (short, long):
+        found = copy.deepcopy(encoder).to(device)(x.to(device)).cpu()
+        torch.testing.assert_close(found, short(x), atol=near, rtol=near)
 
 
 def test_masked_patches_never_reach_the_student():
@@ -381,18 +406,8 @@ def test_silence_is_finite_collapse_shows_and_a_mask_of_another_size_is_refused(
     assert min(model(x)[name] for name in ("target_std", "prediction_std")) > 0.05
     torch.nn.init.zeros_(model.decoder.proj.weight)
     assert model(x)["prediction_std"] < 1e-6
-    mask = torch.arange(32).expand(4, 2, -1) >= 7
     with pytest.raises(ValueError, match="exactly 6 of 32"):
-        model(x, mask)
-
-
-@pytest.mark.parametrize("wrong, says", [
-    (dict(heads=5), "heads"), (dict(frames=100), "frames"), (dict(mask_ratio=1.0), "mask_ratio"),
-    (dict(mask_ratio=0.0), "mask_ratio"), (dict(std=0.0), "std"), (dict(mask_block=4), "odd"),
-    (dict(dim=36, heads=2), "decoder_groups"), (dict(norm_eps=math.nan), "norm_eps")])
-def test_impossible_sizes_are_refused(wrong, says):
-    with pytest.raises(ValueError, match=says):
-        EATConfig(**wrong)
+        model(x, torch.arange(32).expand(4, 2, -1) >= 7)
 
 
 def test_base_is_the_size_the_paper_says():
@@ -427,9 +442,6 @@ class Waves(data.Clips):
     def __len__(self):
         return self.size
 
-    def name(self, number):
-        return f"wave {number}"
-
     def read(self, number):
         loud = self.read_so_far // 2 in self.loud
         self.read_so_far += 1
@@ -437,8 +449,8 @@ class Waves(data.Clips):
 
 
 @pytest.mark.parametrize("clips, given, steps", [
-    (5847, {}, 14_617), (2000, {}, 5000), (1_912_134, {"preset": "base"}, 400_000),
-    (5847, {"epochs": 2.0}, 1462), (5847, {"epochs": 2.0, "steps": 7}, 7),
+    (5847, {}, 7308), (2000, {}, 5000), (1_912_134, {"preset": "base"}, 400_000),
+    (5847, {"epochs": 2.0}, 731), (5847, {"epochs": 2.0, "steps": 7}, 7),
     (5847, {"hours": 1.0}, 7200), (4000, {"data": "demo"}, 600)])
 def test_a_run_gets_a_fitting_number_of_steps(clips, given, steps, monkeypatch):
     def trial(config, recipe, clips, machine):
@@ -455,14 +467,12 @@ def test_a_run_gets_a_fitting_number_of_steps(clips, given, steps, monkeypatch):
 
 def test_weight_decay_spares_biases_and_norms():
     model = EAT(small())
-    decayed, spared = eat.make_optimizer(model, Recipe()).param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    kinds = {names[id(p)].rsplit(".", 1)[-1] for p in decayed["params"]}
-    assert kinds == {"weight", "cls"}
-    assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in spared["params"])
-    trained = sum(p.requires_grad for p in model.parameters())
-    assert len(decayed["params"]) + len(spared["params"]) == trained
+    found = {id(p): group["weight_decay"]
+             for group in eat.make_optimizer(model, Recipe()).param_groups
+             for p in group["params"]}
+    for name, p in model.named_parameters():
+        spared = name.endswith("bias") or "norm" in name
+        assert found.get(id(p)) == ((0.0 if spared else 0.05) if p.requires_grad else None), name
 
 
 def test_an_epoch_is_every_clip_once_and_processes_share_it():
@@ -481,31 +491,28 @@ def test_an_epoch_is_every_clip_once_and_processes_share_it():
     assert batches(2, position=3 * 8) == batches(5)[3:]
 
 
-def gradients(machine, accumulate=1):
-    """Of this process's share of a batch of 4 on given masks, as the training loop adds them up."""
+def share_of_a_batch(machine, parts=1):
+    """The gradients of this process's share of a batch of 4 on given masks."""
     torch.manual_seed(0)
-    model = EAT(small(mask_noise_std=0.0))
-    mine = slice(machine.rank, None, machine.world)
+    model, mine = EAT(small(mask_noise_std=0.0)), slice(machine.rank, None, machine.world)
     x, mask = torch.randn(4, 1, 64, 128)[mine], model.draw_mask(4, (4, 8))[mine]
-    net = machine.prepare(model)
-    for part in zip(x.chunk(accumulate), mask.chunk(accumulate)):
-        (net(*part)["loss"] / accumulate).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses_and_gradients(model, x, mask, machine, parts)[1]
 
 
-@pytest.mark.parametrize("way", ["accumulated", "two processes"])
-def test_a_shared_batch_gives_the_same_gradients(way, tmp_path):
-    wanted, path = gradients(cpu()), tmp_path / "x.pt"
-    if way == "accumulated":
-        found = gradients(cpu(), accumulate=2)
-    else:
-        code = (f"import torch, test_eat as t; torch.save(t.gradients(t.cpu()), {str(path)!r}); "
-                "torch.distributed.destroy_process_group()")
+@pytest.mark.parametrize("way, near", [("accumulated", 1e-5), ("two processes", 1e-5),
+                                       pytest.param("on a card", 1e-3, marks=cuda)])
+def test_a_shared_batch_gives_the_same_gradients(way, near, tmp_path):
+    wanted, path = share_of_a_batch(cpu()), tmp_path / "x.pt"
+    if way == "two processes":
+        code = (f"import torch, test_eat as t; torch.save(t.share_of_a_batch(t.cpu()), "
+                f"{str(path)!r}); torch.distributed.destroy_process_group()")
         end_of(torchrun("--no-python", sys.executable, "-c", code), 0)
         found = torch.load(path)
+    else:
+        found = share_of_a_batch(cpu() if way == "accumulated" else machine_of("cuda"), parts=2)
     assert found.keys() == wanted.keys() and len(found) > 20
     for name, gradient in wanted.items():
-        assert relative_error(found[name], gradient) < 1e-5, name
+        assert relative_error(found[name], gradient) < near, name
 
 
 def test_bench_reports_what_fits_together(capsys, monkeypatch):
@@ -515,8 +522,8 @@ def test_bench_reports_what_fits_together(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert (found["precision"], found["dim"], found["batch_size"]) == ("float32", 32, 2)
     assert found["clips_per_second"] * found["seconds_per_step"] == pytest.approx(2)
-    assert found["step_tflops"] / found["matrix_tflops"] == pytest.approx(
-        found["share_of_matrix_rate"])
+    share = found["step_tflops"] / found["matrix_tflops"]
+    assert share == pytest.approx(found["share_of_matrix_rate"])
 
 
 # ---- eat.py: runs --------------------------------------------------------------------------------
@@ -530,10 +537,6 @@ def write(path, samples, rate=16_000, kind=None):
 def tone(path, rate=16_000, seconds=2.0, hertz=440.0):
     t = np.arange(int(rate * seconds)) / rate
     return write(path, 0.5 * np.sin(2 * np.pi * hertz * t), rate)
-
-
-def make_too_loud(path):
-    return write(path, 1e30 * np.random.default_rng(0).standard_normal(11_200), kind="DOUBLE")
 
 
 @pytest.fixture(scope="module")
@@ -567,10 +570,6 @@ def same_runs(a, b):
     return step == other_step and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def assert_same_weights(a, b):
-    assert same_runs(a, b)
-
-
 @pytest.fixture(scope="module")
 def whole_run(sounds, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
@@ -578,8 +577,8 @@ def whole_run(sounds, tmp_path_factory):
     return out
 
 
-def start(*arguments):
-    return subprocess.Popen([sys.executable, *arguments], cwd=HERE, text=True,
+def start(*arguments, program=sys.executable):
+    return subprocess.Popen([program, *arguments], cwd=HERE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -603,6 +602,7 @@ def end_of(process, status, says=""):
     said, _ = process.communicate(timeout=120)
     right = process.returncode == status if status is not None else process.returncode
     assert right and says in said and 'eat.py", line' not in said, said
+    return said
 
 
 def processes(word):
@@ -640,8 +640,7 @@ def test_a_run_learns_logs_and_leaves_an_encoder(whole_run):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision_learns_what_float32_learns(precision, sounds, whole_run, tmp_path,
-                                                    monkeypatch):
+def test_16_bits_learn_what_float32_learns(precision, sounds, whole_run, tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # no step is lost to finding it
     monkeypatch.setattr(eat.Machine, "scaler", lambda self: scaler)
     assert eat.main(flags(sounds, tmp_path, f"--precision={precision}")) == 0
@@ -651,56 +650,42 @@ def test_mixed_precision_learns_what_float32_learns(precision, sounds, whole_run
     assert all(x.dtype == torch.float32 for x in state.values())  # weights and teacher stay whole
 
 
-def test_a_timestamp_is_a_seed_and_hours_and_passes_become_steps(sounds, whole_run, esc, tmp_path):
+def test_a_timestamp_is_a_seed_and_hours_become_steps(sounds, whole_run, start_from, esc, tmp_path):
     seed, clips = f"--seed={10**18}", len(open_clips(str(sounds), 64))
     for name, path, steps, *more in (
         ("a", sounds, 1, "--hours=1e-9", seed), ("b", "demo", 1, "--hours=1e-9", seed),
         ("c", sounds, math.ceil(clips / 4), "--epochs=1"),
     ):
-        assert eat.main(flags(path, tmp_path / name, "--log-every=1", *more, steps=None)) == 0
+        assert eat.main(flags(path, tmp_path / name, *more, steps=None)) == 0
         lines = logged(tmp_path / name)  # and nothing of the trial
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
     assert logged(tmp_path / "a")[0]["loss"] != logged(whole_run)[0]["loss"]
     for mode in ("finetune", "linear"):
-        start = f"--checkpoint={whole_run}/last.pt"
-        assert fine(esc, tmp_path / mode, f"--mode={mode}", start, seed) == 0
+        assert fine(esc, tmp_path / mode, f"--mode={mode}", start_from, seed) == 0
 
 
 @linux
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_told_to_stop_resumes_exactly(number, status, whole_run, sounds, tmp_path):
-    """In the middle, then with other loader workers: bit by bit the undisturbed run."""
-    process = start("eat.py", *flags(sounds, tmp_path, "--workers=2", "--save-every=1"))
-    wait_for_step(process, tmp_path, 2)
-    process.send_signal(number)
-    end_of(process, status, "--resume")
-    assert 2 <= weights(tmp_path)[0] < 8
-    assert_none_left(tmp_path)
-    assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
-    assert_same_weights(tmp_path, whole_run)
-    assert [line["step"] for line in logged(tmp_path)] == list(range(1, 9))
-
-
-@linux
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_torchrun_that_is_told_to_stop_saves(number, sounds, tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_two_processes_end_together(number, sounds, tmp_path, capsys):
+    """torchrun is told to stop; a terminal tells it and all its processes; one process dies."""
     process = torchrun("eat.py", *flags(sounds, tmp_path, "--workers=1", steps=100_000))
     wait_for_step(process, tmp_path, 2)
-    if number == signal.SIGINT:  # as a terminal does: to all its processes
-        for child in processes(tmp_path):
-            os.kill(child, number)
-    process.send_signal(number)
-    end_of(process, None, "stopped by")
+    children = processes(tmp_path)
+    told = {signal.SIGTERM: [process.pid], signal.SIGINT: [*children, process.pid],
+            signal.SIGKILL: children[:1]}
+    for one in told[number]:
+        os.kill(one, number)
+    end_of(process, None, "Signal 9" if number == signal.SIGKILL else "stopped by")
     assert_none_left(tmp_path)
-    step, _ = weights(tmp_path)
-    assert step >= 2
-    # One process goes on where two stopped, and says so.
-    state = torch.load(tmp_path / "last.pt")
-    state["recipe"]["steps"] = step + 2
-    torch.save(state, tmp_path / "last.pt")
-    assert eat.main(flags(sounds, tmp_path, "--resume", steps=step + 2)) == 0
-    assert "2 processes before, 1 now" in capsys.readouterr().out
-    assert weights(tmp_path)[0] == step + 2
+    if number == signal.SIGTERM:  # one process goes on where two stopped, and says so
+        step, _ = weights(tmp_path)
+        assert step >= 2
+        state = torch.load(tmp_path / "last.pt")
+        state["recipe"]["steps"] = step + 2
+        torch.save(state, tmp_path / "last.pt")
+        assert eat.main(flags(sounds, tmp_path, "--resume", steps=step + 2)) == 0
+        assert "2 processes before, 1 now" in capsys.readouterr().out
+        assert weights(tmp_path)[0] == step + 2
 
 
 def test_two_processes_resume_exactly(sounds, tmp_path):
@@ -712,59 +697,38 @@ def test_two_processes_resume_exactly(sounds, tmp_path):
     assert all(torch.equal(x, whole[name]) for name, x in weights(tmp_path)[1].items())
 
 
-@linux
-def test_a_process_that_dies_ends_the_others(sounds, tmp_path):
-    process = torchrun("eat.py", *flags(sounds, tmp_path, steps=100_000))
-    wait_for_step(process, tmp_path, 2)
-    os.kill(processes(tmp_path)[-1], signal.SIGKILL)
-    end_of(process, None, "Signal 9")
-    assert_none_left(tmp_path)
+@slow
+@pytest.mark.parametrize("program, kills", [("eat", 20), ("finetune", 10)])
+def test_kills_at_random_moments_change_nothing(program, kills, sounds, esc, start_from, tmp_path):
+    """In start-up, while it runs, and, of pre-training, in a write."""
+    cut, whole, rng = tmp_path / "cut", tmp_path / "whole", np.random.default_rng(0)
+    log, part, pretrains = cut / "log.jsonl", cut / "last.pt.part", program == "eat"
 
+    def run(out):
+        if pretrains:
+            return flags(sounds, out, "--save-every=1", "--batch-size=8", steps=300)
+        return [f"--data={esc}", f"--out={out}", *FINE, start_from, "--steps=150"]
 
-def test_a_run_that_is_killed_resumes_exactly(whole_run, sounds, tmp_path):
-    process = start("eat.py", *flags(sounds, tmp_path, "--save-every=2"))
-    wait_for_step(process, tmp_path, 4)
-    process.kill()
-    process.communicate()
-    # As if killed between the two renames.
-    os.rename(tmp_path / "last.pt", tmp_path / "previous.pt")
-    spoilt = b'\0\0\0\n{"\xff": 1}\n{"step" 2}\n[2]\n{"step": 1, "lo'  # as after a power failure
-    with open(tmp_path / "log.jsonl", "ab") as file:
-        file.write(spoilt)
-    assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
-    assert_same_weights(tmp_path, whole_run)
-    assert [line["step"] for line in logged(tmp_path)] == list(range(1, 9))
-
-
-def kill_at_random(command, out, kills, in_writes):
-    """Start a run and kill it, again and again: in start-up, while it runs, and in a write."""
-    rng, log, part = np.random.default_rng(0), out / "log.jsonl", out / "last.pt.part"
     for kill in range(kills):
         before = log.stat().st_mtime if log.exists() else 0
-        process = start(*command)
+        process = start(f"{program}.py", *run(cut), "--resume", f"--workers={int(pretrains)}")
         if kill % 3 == 0:
             time.sleep(rng.uniform(0, 4))
         else:
             while process.poll() is None and not (log.exists() and log.stat().st_mtime > before):
                 time.sleep(0.001)
             time.sleep(rng.uniform(0, 0.5))
-            while in_writes and kill % 3 == 1 and process.poll() is None and not part.exists():
+            while pretrains and kill % 3 == 1 and process.poll() is None and not part.exists():
                 pass
         assert process.poll() is None, process.communicate()[0]
         process.kill()
         process.communicate()
-
-
-@slow
-def test_twenty_kills_at_random_moments_change_nothing(sounds, tmp_path):
-    more = ["--save-every=1", "--batch-size=8"]
-    run = [*flags(sounds, tmp_path / "cut", *more, steps=300), "--resume"]
-    kill_at_random(["eat.py", *run, "--workers=1"], tmp_path / "cut", 20, in_writes=True)
-    assert eat.main(run) == 0
-    assert eat.main(flags(sounds, tmp_path / "whole", *more, steps=300)) == 0
-    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
-    steps = [[line["step"] for line in logged(tmp_path / name)] for name in ("cut", "whole")]
-    assert steps[0] == steps[1] == list(range(1, 301))
+    main = sys.modules[program].main
+    assert main([*run(cut), "--resume"]) == 0 and main(run(whole)) == 0
+    assert same_runs(cut, whole)
+    steps = [[line["step"] for line in logged(out)] for out in (cut, whole)]
+    assert steps[0] == steps[1] and (not pretrains or steps[0] == list(range(1, 301)))
+    assert pretrains or results(cut) == results(whole)
 
 
 @slow
@@ -798,16 +762,13 @@ def test_a_run_that_goes_wrong_stops_and_keeps_the_last_good_checkpoint(sounds, 
     step, state = weights(tmp_path)
     assert step == 1 and all(x.isfinite().all() for x in state.values())
     assert len(logged(tmp_path)) == 11
-    assert eat.main(flags(sounds, tmp_path / "2", "--collapse-std=100")) == 1
-    assert "collapsed" in capsys.readouterr().err
 
 
-def test_probing_changes_nothing_and_agrees_with_fine_tuning(sounds, whole_run, esc, tmp_path,
-                                                             capsys):
+def test_probing_changes_nothing_and_agrees_with_knn(sounds, whole_run, esc, tmp_path, capsys):
     run = flags(sounds, tmp_path / "run", f"--probe={esc}", "--probe-every=3")
     assert eat.main(run) == 0
     said = capsys.readouterr().out
-    assert_same_weights(tmp_path / "run", whole_run)
+    assert same_runs(tmp_path / "run", whole_run)
     found = {line["step"]: line for line in logged(tmp_path / "run") if "knn_patches" in line}
     assert list(found) == [0, 3, 6, 8] and all(f"step {step:7}" in said for step in found)
     assert fine(esc, tmp_path / "knn", f"--checkpoint={tmp_path}/run/last.pt", "--mode=knn",
@@ -834,65 +795,81 @@ def test_a_probe_starts_anew_with_its_run_and_says_what_it_probes_on(sounds, esc
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("wrong, says", [
-    ("--data=nowhere", "no such file or folder"), ("--probe-every=2", "--probe must name"),
-    ("--probe=nowhere", "no such folder"), ("--target-blocks=3", "at most depth (2)"),
-    ("--data={empty}", "no sound in it"), ("--data={broken}", "none of its files"),
-    ("--heads=5", "heads (5) must divide dim"), ("--frames=100", "multiple of 16"),
-    ("--batch-size=1000", "1000"), ("--batch-size=6 --accumulate=4", "multiple of 4"),
-    ("--out={run}", "--resume"), ("--out={run} --resume --lr=0.5", "--lr 0.5"),
-    ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
-    ("--mask-ratio=0.999", "some of the 32 patches visible"), ("--lr=-1", "lr (-1.0)"),
-    ("--mask-ratio=nan", "mask_ratio (nan)"), ("--heads=0", "heads (0)"),
-    ("--steps=0", "steps (0) must be a number of at least 1"), ("--workers=-1", "workers (-1)"),
-    ("--preset=bsae", "--preset: invalid choice: 'bsae'"), ("--stepz=3", "--stepz=3"),
-    ("--init={run}/lost.pt", "no such file")])
-def test_bad_input_gets_one_line_and_status_2(wrong, says, sounds, whole_run, tmp_path, capsys):
+BAD_INPUT = {
+    "eat": [
+        ("--data=nowhere", "no such file or folder"), ("--probe-every=2", "--probe must name"),
+        ("--probe=nowhere", "no such folder"), ("--target-blocks=3", "at most depth (2)"),
+        ("--data={empty}", "no sound in it"), ("--data={broken}", "none of its files"),
+        ("--heads=5", "heads (5) must divide dim"), ("--frames=100", "multiple of 16"),
+        ("--batch-size=1000", "1000"), ("--batch-size=6 --accumulate=4", "multiple of 4"),
+        ("--out={run}", "--resume"), ("--out={run} --resume --lr=0.5", "--lr 0.5"),
+        ("--out={tuned} --resume", "not a run of"), ("--init={run}/lost.pt", "no such file"),
+        ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
+        ("--mask-ratio=0.999", "some of the 32 patches visible"), ("--lr=-1", "lr (-1.0)"),
+        ("--mask-ratio=nan", "mask_ratio (nan)"), ("--mask-ratio=1", "mask_ratio (1.0)"),
+        ("--mask-ratio=0", "mask_ratio (0.0)"), ("--mask-block=4", "mask_block (4) must be odd"),
+        ("--std=0", "std (0.0)"), ("--norm-eps=nan", "norm_eps (nan)"), ("--heads=0", "heads (0)"),
+        ("--dim=36", "decoder_groups (16)"), ("--workers=-1", "workers (-1)"),
+        ("--steps=0", "steps (0) must be a number of at least 1"), ("--stepz=3", "--stepz=3"),
+        ("--preset=bsae", "--preset: invalid choice: 'bsae'"),
+        ("plot {empty}", "log.jsonl: no log"),
+        ("export {last} {last}", "expected a folder"), ("bench --frames=100", "multiple of 16"),
+        ("export {last} {last}/x.safetensors", "expected a folder")],
+    "data": [
+        ("pack {empty} {empty}/pack --workers=-1", "invalid choice"),
+        ("pack x.wav y --sede=1", "--sede=1")],
+    "finetune": [
+        ("--stepz=3", "--stepz=3"), ("--data=nowhere", "no such folder"),
+        ("--fold=9", "--fold 9"), ("--checkpoint=nowhere.pt", "no such file"),
+        ("--checkpoint={broken}/a.wav", "a.wav: not a whole checkpoint"),
+        ("--out={run} --resume", "not a run of"), ("--weighted", "sampling weights"),
+        ("--batch-size=5 --accumulate=2", "multiple"), ("--shots=1", "--shots 1"),
+        ("--mode=linear --shots=0,x", "--shots 0,x"), ("look nowhere.wav", "no such file"),
+        ("look demo --out={empty}/a.xyz", "Format 'xyz' is not supported"),
+        ("look demo --seed=x", "invalid int value"),
+        ("embed {empty} --checkpoint={last} --workers=-1", "at least 0"),
+        ("embed a.wav --checkpoint={last} --out={last}/x.npz", "expected a folder"),
+        ("embed nowhere --checkpoint={last}", "no such file or folder"),
+        ("predict {empty} --checkpoint={last} --top=0", "--top 0: must be above 0"),
+        ("predict {empty} --checkpoint={last} --every=nan", "must be above 0"),
+        ("predict {empty} --checkpoint={last}", "without a classifier"),
+        ("predict {broken} --checkpoint={tuned}/last.pt --labels={broken}/a.wav",
+         "1 names for 2 classes"), ("--data={broken}", "no labelled data set")],
+}
+
+
+@pytest.mark.parametrize("program, wrong, says", [
+    (program, *row) for program, rows in BAD_INPUT.items() for row in rows])
+def test_bad_input_gets_one_line_and_status_2(program, wrong, says, sounds, whole_run, esc, tuned,
+                                              tmp_path, capsys, monkeypatch):
     if torch.cuda.is_available() and wrong == "--device=cuda":
         pytest.skip("there is a CUDA device")
-    empty, broken = tmp_path / "empty", tmp_path / "broken"
-    empty.mkdir()
-    broken.mkdir()
-    (broken / "a.wav").write_text("no sound")
-    more = wrong.format(empty=empty, broken=broken, run=whole_run).split()
-    refused(eat.main, flags(sounds, tmp_path / "out", *more), says, capsys)
-
-
-@pytest.mark.parametrize("main, wrong, says", [
-    (eat.main, "plot {empty}", "log.jsonl: no log"),
-    (eat.main, "export {last} {last}", "expected a folder"),
-    (eat.main, "export {last} {last}/x.safetensors", "expected a folder"),
-    (eat.main, "bench --frames=100", "multiple of 16"),
-    (data.main, "pack {empty} {empty}/pack --workers=-1", "invalid choice"),
-    (data.main, "pack x.wav y --sede=1", "--sede=1"),
-    (finetune.main, "--data={esc} --stepz=3", "--stepz=3"),
-    (finetune.main, "--data=nowhere", "no such folder"),
-    (finetune.main, "--data={esc} --fold=9", "--fold 9"),
-    (finetune.main, "--data={esc} --checkpoint=nowhere.pt", "no such file"),
-    (finetune.main, "--data={esc} --weighted", "sampling weights"),
-    (finetune.main, "--data={esc} --batch-size=5 --accumulate=2", "multiple"),
-    (finetune.main, "--data={esc} --shots=1", "--shots 1"),
-    (finetune.main, "--data={esc} --mode=linear --shots=0,x", "--shots 0,x"),
-    (finetune.main, "look nowhere.wav", "no such file"),
-    (finetune.main, "look demo --out={empty}/a.xyz", "Format 'xyz' is not supported"),
-    (finetune.main, "look demo --seed=x", "invalid int value"),
-    (finetune.main, "embed {empty} --checkpoint={last} --workers=-1", "at least 0"),
-    (finetune.main, "embed a.wav --checkpoint={last} --out={last}/x.npz", "expected a folder"),
-    (finetune.main, "embed nowhere --checkpoint={last}", "no such file or folder"),
-    (finetune.main, "predict {empty} --checkpoint={last} --top=0", "--top 0: must be above 0"),
-    (finetune.main, "predict {empty} --checkpoint={last} --every=nan", "must be above 0"),
-    (finetune.main, "predict {empty} --checkpoint={last}", "without a classifier")])
-def test_bad_input_to_the_other_commands_too(main, wrong, says, whole_run, esc, tmp_path, capsys,
-                                             monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = wrong.format(empty=tmp_path, last=whole_run / "last.pt", esc=esc).split()
-    refused(main, words, says, capsys)
+    places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken", "run": whole_run,
+              "last": whole_run / "last.pt", "tuned": tuned}
+    places["empty"].mkdir()
+    places["broken"].mkdir()
+    (tmp_path / "broken/a.wav").write_text("no sound")
+    words = wrong.format(**places).split()
+    if wrong.startswith("--"):
+        words = [*(flags(sounds, "out") if program == "eat" else [f"--data={esc}"]), *words]
+    refused(sys.modules[program].main, words, says, capsys)
 
 
-def test_too_little_memory_is_one_line(sounds, tmp_path, capsys):
-    assert eat.main(flags(sounds, tmp_path, "--clones=1000000000")) == 1
+@pytest.mark.parametrize("device, more", [
+    ("cpu", ["--clones=1000000000"]),
+    pytest.param("cuda", ["--dim=768", "--heads=12", "--depth=12", "--no-compile"], marks=cuda)])
+def test_too_little_memory_is_one_line(device, more, sounds, tmp_path, capsys):
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1e-3)
+    try:
+        assert eat.main(flags(sounds, tmp_path, f"--device={device}", *more)) == 1
+    finally:
+        if device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0)
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "out of memory" in said and "fewer --clones" in said
+    assert said.startswith("eat.py: out of memory") and "fewer --clones" in said
 
 
 def test_help_names_every_field(capsys):
@@ -915,12 +892,15 @@ def train(out, machine, clips, resumed=None, **more):
     return [eat.read_checkpoint(path) for path in eat.find_checkpoints(out)]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_poisoned_batch_leaves_the_weights_untouched(precision, tmp_path):
-    machine, last = cpu(precision), 20  # until then the scaler of float16 has found its scale
+@pytest.mark.parametrize("device, precision", [
+    ("cpu", "float32"), ("cpu", "bfloat16"), ("cpu", "float16"),
+    pytest.param("cuda", "bfloat16", marks=cuda), pytest.param("cuda", "float16", marks=cuda)])
+def test_a_poisoned_batch_leaves_the_weights_untouched(device, precision, tmp_path):
+    machine, last = machine_of(device, precision), 20  # float16 has found its scale by then
     after, before = train(tmp_path, machine, Waves(loud={last - 1}), steps=last)
     assert (before["step"], after["step"]) == (last - 1, last)
     assert logged(tmp_path)[-1]["not_finite"] == 1
+    assert precision == "float16" or after["scaler"]["scale"] == 1
     decay = Recipe().teacher_decay(last)
     for name, x in before["model"].items():
         if name.startswith("teacher."):  # nears the unchanged student
@@ -938,46 +918,47 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(precision, tmp_path):
         train(tmp_path / "2", machine, Waves(loud=range(100)), steps=30)
 
 
-@pytest.mark.parametrize("scale", [2.0**24, 2.0**-40], ids=["overflow", "underflow"])
-def test_the_scaler_of_float16_survives(scale, tmp_path, monkeypatch):
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+@pytest.mark.parametrize("device, scale", [
+    ("cpu", 2.0**24), ("cpu", 2.0**-40), pytest.param("cuda", 2.0**40, marks=cuda)])
+def test_the_scale_of_float16_settles(device, scale, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler(device, init_scale=scale)
     monkeypatch.setattr(eat.Machine, "scaler", lambda self: scaler)
-    model = train(tmp_path, cpu("float16"), Waves(), steps=24)[0]["model"]
+    model = train(tmp_path, machine_of(device, "float16"), Waves(), steps=40)[0]["model"]
     assert all(x.isfinite().all() for x in model.values())
+    wrong = [line["not_finite"] for line in logged(tmp_path)]
+    assert wrong[0] == (scale > 1) and not any(wrong[-5:])
+    assert scale < 1 or 1 < scaler.get_scale() < scale
     torch.manual_seed(data.seed_of(0))
     assert not torch.equal(model["student.cls"], EAT(small()).student.cls)
 
 
-def test_a_clip_that_is_far_too_loud_costs_its_steps_only(sounds, tmp_path, capsys):
-    folder = shutil.copytree(sounds, tmp_path / "loud")
-    make_too_loud(folder / "loud.wav")
-    assert eat.main(flags(folder, tmp_path / "out", "--stats=measure")) == 0
-    lines = logged(tmp_path / "out")
-    assert 1 <= sum(line["not_finite"] for line in lines) <= 2  # 18 clips, 32 drawn
+@pytest.mark.parametrize("program, most", [("eat", 2), ("finetune", 7)])
+def test_too_loud_a_clip_costs_its_steps_only(program, most, sounds, start_from, tmp_path, capsys):
+    loud, out = 1e30 * np.random.default_rng(0).standard_normal(11_200), tmp_path / "out"
+    if program == "eat":
+        folder = shutil.copytree(sounds, tmp_path / "loud")
+        write(folder / "loud.wav", loud, kind="DOUBLE")
+        assert eat.main(flags(folder, out, "--stats=measure")) == 0
+    else:
+        folder = make_esc(tmp_path / "esc")
+        write(folder / "audio/1-1000-A-41.wav", loud, kind="DOUBLE")
+        assert fine(folder, out, start_from, "--steps=4", "--batch-size=2") == 0
+    lines = logged(out)
+    assert 1 <= sum(line["not_finite"] for line in lines) <= most
     assert all((line["loss"] is None) == (line["not_finite"] == 1) for line in lines)
-    assert all(x.isfinite().all() for x in weights(tmp_path / "out")[1].values())
+    assert all(x.isfinite().all() for x in weights(out)[1].values())
     assert "changed nothing" in capsys.readouterr().err
 
 
-def test_a_run_whose_sound_goes_away_is_saved(sounds, tmp_path):
-    folder, out = shutil.copytree(sounds, tmp_path / "sound"), tmp_path / "out"
-    process = start("eat.py", *flags(folder, out, steps=100_000))
-    wait_for_step(process, out, 3)
-    folder.rename(tmp_path / "unmounted")
-    end_of(process, 2, "no clip can be used any more")
-    assert weights(out)[0] == len(logged(out)) >= 3  # nothing computed is lost
-
-
 @full_disk
-def test_a_full_disk_costs_checkpoints_and_lines_but_not_the_run(sounds, whole_run, tmp_path,
-                                                                 capsys):
+def test_a_full_disk_does_not_end_the_run(sounds, whole_run, tmp_path, capsys):
     out, path = tmp_path / "out", tmp_path / "log.jsonl"
     out.mkdir()
     (out / "last.pt.part").symlink_to("/dev/full")  # the first checkpoint meets it
     assert eat.main(flags(sounds, out, "--save-every=3")) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
     assert len(said) == 1 and "none yet; going on" in said[0]
-    assert_same_weights(out, whole_run)
+    assert same_runs(out, whole_run)
     log = eat.Log(str(tmp_path), 0, 9, cpu(), Waves())
     path.symlink_to("/dev/full")
     log.append({"step": 1})
@@ -985,37 +966,21 @@ def test_a_full_disk_costs_checkpoints_and_lines_but_not_the_run(sounds, whole_r
     log.append({"step": 2})
     assert [line["step"] for line in logged(tmp_path)] == [2]
     assert "log.jsonl: No space left on device" in capsys.readouterr().err
-    (tmp_path / "2/last.pt.part/in the way").mkdir(parents=True)  # the last one that must be saved
-    assert eat.main(flags(sounds, tmp_path / "2")) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "could not save" in said and "--resume" in said
 
 
-def test_a_deleted_folder_is_made_again(sounds, whole_run, tmp_path):
-    out = tmp_path / "out"
-    process = start("eat.py", *flags(sounds, out, "--save-every=2", "--workers=1"))
-    wait_for_step(process, out, 3)
-    shutil.rmtree(out, ignore_errors=True)
-    end_of(process, 0, "the encoder is in")
-    assert_same_weights(out, whole_run)
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, sounds, whole_run, tmp_path,
-                                                          capsys):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(sounds, whole_run, tmp_path, capsys):
     assert eat.main(flags(sounds, tmp_path, "--save-every=4")) == 0
-    path = tmp_path / "last.pt"
-    content = bytearray(path.read_bytes())
+    content = bytearray((tmp_path / "last.pt").read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    (tmp_path / "last.pt").write_bytes(content)
     assert eat.main(flags(sounds, tmp_path, "--resume")) == 0
     said = capsys.readouterr()
     assert "going on from" in said.err and "previous.pt" in said.err
     assert "resumed  at step 4" in said.out
-    assert_same_weights(tmp_path, whole_run)
+    assert same_runs(tmp_path, whole_run)
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"nothing")
-    assert eat.main(flags(sounds, tmp_path, "--resume")) == 2
+    refused(eat.main, flags(sounds, tmp_path, "--resume"), "not a whole checkpoint", capsys)
 
 
 def test_no_flipped_bit_goes_unnoticed(whole_run, tmp_path):
@@ -1030,36 +995,33 @@ def test_no_flipped_bit_goes_unnoticed(whole_run, tmp_path):
         except UsageError:
             noticed += 1
             continue
+        assert state["config"] == whole["config"] and state["step"] == whole["step"]
         for name, tensor in whole["model"].items():  # it was padding
             assert torch.equal(state["model"][name], tensor)
-        assert state["config"] == whole["config"] and state["step"] == whole["step"]
     assert noticed > 50
 
 
 # ---- eat.py: checkpoints -------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    path, whole = tmp_path / "last.pt", io.BytesIO()
-    torch.save({"config": {}, "model": {"x": torch.zeros(1000)}}, whole)
-    wrong = "not a whole checkpoint"
+def test_a_damaged_checkpoint_is_named(whole_run, tmp_path):
+    path, no_encoder = tmp_path / "last.pt", io.BytesIO()
+    torch.save({"config": {}, "model": {"x": torch.zeros(1000)}}, no_encoder)
+    whole, wrong = (whole_run / "last.pt").read_bytes(), "not a whole checkpoint"
     for content, says in (
-        (b"", wrong), (b"<html>not found</html>", wrong), (b"PK\x03\x04 cut short", wrong),
-        (whole.getvalue()[:3000], wrong), (whole.getvalue(), "no encoder in it; it has x"),
+        (b"<html>not found</html>", wrong), (b"PK\x03\x04 cut short", wrong),
+        *((whole[: int(share * len(whole))], wrong) for share in (0, 0.01, 0.5, 0.999)),
+        (no_encoder.getvalue(), "no encoder in it; it has x"),
     ):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=f"last.pt: {says}"):
             eat.load_encoder(path)
-    with pytest.raises(UsageError, match="no such file"):
-        eat.load_encoder(tmp_path / "nowhere.pt")
-
-
-FORMATS = ["fairseq_pretrained.pt", "fairseq_finetuned.pt", "hf_pretrained", "hf_finetuned",
-           "hf_finetuned/model.safetensors"]
 
 
 @fixtures
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [
+    "fairseq_pretrained.pt", "fairseq_finetuned.pt", "hf_pretrained", "hf_finetuned",
+    "hf_finetuned/model.safetensors"])
 def test_the_release_checkpoints_give_its_figures(name):
     models = {"tokens": eat.load_encoder(TINY / name)}
     if "finetuned" in name:
@@ -1071,47 +1033,17 @@ def test_the_release_checkpoints_give_its_figures(name):
 
 
 @fixtures
-def test_a_fairseq_file_brings_student_decoder_and_teacher(sounds, tmp_path):
-    source = TINY / "fairseq_pretrained.pt"
-    model, fixture = eat.load_pretrained(source), torch.load(TINY / "pretrain.pt")
-    clips, clones, _ = fixture["mask"].shape
-    model.config.utterance_weight = clips * clones  # the views it is summed over
-    losses = model(fixture["spectrogram"], fixture["mask"])
-    losses["loss"].backward()
-    assert losses["frame_loss"].item() == pytest.approx(fixture["frame_loss"], rel=1e-6)
-    assert losses["loss"].item() == pytest.approx(fixture["total_loss"], rel=1e-6)
-    for name, p in model.named_parameters():
-        theirs = release_name(name)
-        part = "teacher" if name.startswith("teacher") else "student"
-        assert torch.equal(p, fixture[part][theirs]), name
-        if p.requires_grad:
-            assert relative_error(p.grad, fixture["grads"][theirs]) < 1e-4, name
-    # Continued with a learning rate of 0, the student stays and the teacher nears it.
-    run = [f"--data={sounds}", f"--out={tmp_path}", f"--init={source}", "--steps=1", "--lr=0",
-           "--batch-size=4", "--ema-decay=0.9", "--ema-end-decay=0.9", *CPU_FLAGS]
-    assert eat.main(run) == 0
-    after = eat.load_pretrained(tmp_path / "last.pt")
-    assert after.config.frames == 256 and after.config.clones == 4
-    torch.testing.assert_close(after.student.state_dict(), model.student.state_dict())
-    model.update_teacher(0.9)
-    torch.testing.assert_close(after.teacher.state_dict(), model.teacher.state_dict())
-
-
-@fixtures
 @pytest.mark.parametrize("name", ["hf_pretrained", "hf_finetuned"])
 def test_a_hugging_face_folder_comes_out_as_it_went_in(name, tmp_path):
     assert eat.main(["export", str(TINY / name), str(tmp_path / "out")]) == 0
     folders = tmp_path / "out", TINY / name
     ours, theirs = (safetensors.torch.load_file(x / "model.safetensors") for x in folders)
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        torch.testing.assert_close(ours[key], theirs[key], atol=1e-7, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
     ours, theirs = (json.loads((x / "config.json").read_text()) for x in folders)
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name, dtype", [("hf", torch.float32),
-                                         ("eat.safetensors", torch.float16)])
+@pytest.mark.parametrize("name, dtype", [("hf", torch.float32), ("eat.safetensors", torch.float16)])
 def test_our_encoder_survives_export(name, dtype, whole_run, tmp_path):
     source, target = str(whole_run / "last.pt"), tmp_path / name
     assert eat.main(["export", source, str(target), "--note=some tones"]) == 0
@@ -1135,24 +1067,21 @@ def test_our_encoder_survives_export(name, dtype, whole_run, tmp_path):
 @pytest.mark.parametrize("wrong", [
     {"embed_dim": 10**9}, {"depth": 10**9}, {"mlp_ratio": 1e9}, {"num_heads": 10**9},
     {"img_size": [10**12, 128]}, {"img_size": ["x", 128]}, {"norm_eps": -1.0},
-    {"embed_dim": "many"}, {"norm_eps": None},
-])
+    {"embed_dim": "many"}])
 def test_absurd_sizes_are_refused_before_memory_is_asked_for(wrong, whole_run, tmp_path):
     eat.export(str(whole_run / "last.pt"), str(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
-    if wrong == {"norm_eps": None}:  # as if it said nothing
-        assert eat.load_encoder(tmp_path).config.norm_eps == 1e-6
-        return
-    with pytest.raises(UsageError, match=re.escape(f"{tmp_path}: ")) as error:
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "norm_eps": None}))  # as if it said nothing
+    assert eat.load_encoder(tmp_path).config.norm_eps == 1e-6
+    path.write_text(json.dumps({**config, **wrong}))
+    with pytest.raises(UsageError, match=re.escape(f"{tmp_path}: ") + r"[^\n]*\Z"):
         eat.load_encoder(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_what_does_not_fit_is_named(whole_run, tmp_path):
     state = torch.load(whole_run / "last.pt", weights_only=True)
-    state["model"]["student.extra"] = torch.zeros(1)
-    state["model"]["student.pre_norm.weight"] = torch.zeros(5)
+    state["model"] |= {"student.extra": torch.zeros(1), "student.pre_norm.weight": torch.zeros(5)}
     del state["model"]["student.cls"]
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UsageError, match='Missing.*"cls".*Unexpected.*"extra".*pre_norm.weight'):
@@ -1196,7 +1125,7 @@ HOSTILE = {
 @pytest.mark.parametrize("place", ["cfg", "model", "config"])
 def test_no_code_in_a_checkpoint_runs(kind, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    evil, buffer = HOSTILE[kind], io.BytesIO()
+    evil, buffer, ran = HOSTILE[kind], io.BytesIO(), []
     if kind == "nested":
         torch.save(Calls(os.system, "touch ran"), buffer)
         evil = Calls(torch.storage._load_from_bytes, buffer.getvalue())
@@ -1207,11 +1136,9 @@ def test_no_code_in_a_checkpoint_runs(kind, place, tmp_path, monkeypatch):
             archive.writestr("x/data/0", b"\0" * 16)
     else:
         torch.save({"model": {"x": torch.zeros(2)}, place: evil}, "evil.pt")
-    ran = []
     monkeypatch.setattr(os, "system", ran.append)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=r"evil\.pt[^\n]*\Z"):
         eat.load_encoder("evil.pt")
-    assert "\n" not in str(caught.value) and "evil.pt" in str(caught.value)
     assert not ran and os.listdir() == ["evil.pt"]
 
 
@@ -1282,23 +1209,29 @@ def test_real_sound_trains(folder, tmp_path):
     assert eat.main(flags(SHARED / "data" / folder, tmp_path, *more, steps=3)) == 0
     config = torch.load(tmp_path / "last.pt", weights_only=True)["config"]
     assert -8 < config["mean"] < -6 and 4 < config["std"] < 6.5
+    if folder == "esc10":
+        esc10 = labelled(SHARED / "data/esc10")
+        assert (esc10.kind, len(esc10.clips), len(esc10.classes)) == ("ESC-10", 400, 10)
+        assert [(len(train), len(test)) for train, test in esc10.folds.values()] == [(320, 80)] * 5
 
 
 # ---- data.py -------------------------------------------------------------------------------------
 
 
-def test_fbank_equals_kaldi_for_every_row():
+@pytest.mark.parametrize("device, near", [("cpu", 1e-4), pytest.param("cuda", 2e-3, marks=cuda)])
+def test_fbank_equals_kaldi_for_every_row(device, near):
     torch.manual_seed(0)
-    waveforms = torch.randn(4, 12_345) * torch.tensor([1, 0.1, 1e-3, 0])[:, None]
-    waveforms[1] += torch.sin(torch.arange(12_345) * 0.2)
-    for row, waveform in zip(fbank(waveforms), waveforms):
-        kaldi = torchaudio.compliance.kaldi.fbank(
-            waveform[None], htk_compat=True, sample_frequency=16000, use_energy=False,
-            window_type="hanning", num_mel_bins=128, dither=0, frame_shift=10)
-        torch.testing.assert_close(row, kaldi, atol=1e-4, rtol=0)
+    floats = torch.randn(4, 12_345) * torch.tensor([0.1, 0.01, 1e-3, 0])[:, None]
+    floats[1] += 0.1 * torch.sin(torch.arange(12_345) * 0.2)
+    for waveforms in (floats, (floats * 32768).short()):
+        for row, waveform in zip(fbank(waveforms.to(device)).cpu(), data.as_float(waveforms)):
+            kaldi = torchaudio.compliance.kaldi.fbank(
+                waveform[None], htk_compat=True, sample_frequency=16000, use_energy=False,
+                window_type="hanning", num_mel_bins=128, dither=0, frame_shift=10)
+            torch.testing.assert_close(row, kaldi, atol=near, rtol=0)
 
 
-def test_padding_comes_before_the_normalisation():
+def test_padding_comes_before_the_normalisation_and_is_not_measured(tmp_path):
     waveform = torch.randn(16_000)
     padded = F.pad(waveform, (0, 24_000))
     lengths = torch.tensor([16_000, 40_000])
@@ -1307,6 +1240,10 @@ def test_padding_comes_before_the_normalisation():
     torch.testing.assert_close(x[0, 0, :98], (fbank(waveform[None])[0] + 4) / 6)
     assert (x[0, 0, 98:] == 4 / 6).all()  # one second has 98 whole windows
     assert (x[1, 0, 98:248] != 4 / 6).all()  # digital silence is sound; padding is not
+    sound = load_audio(write(tmp_path / "a.wav", (0.1 * waveform).numpy(), kind="FLOAT"))
+    x = fbank((sound - sound.mean())[None])
+    found = data.measure_stats(open_clips(str(tmp_path), 1024))
+    assert found == pytest.approx((x.mean().item(), x.std().item()), abs=1e-3)
 
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 16_000, 22_050, 44_100, 44_101, 47_999, 48_000,
@@ -1321,79 +1258,59 @@ def test_any_rate_becomes_16_kHz(rate, tmp_path):
     torch.testing.assert_close(waveform[middle], want[middle], atol=0.02, rtol=0)
 
 
-def test_channels_are_averaged_and_formats_agree(tmp_path):
+def test_channels_are_averaged_and_parts_can_be_read(tmp_path):
     sound = np.random.default_rng(0).uniform(-0.5, 0.5, (16_000, 2))
+    path = write(tmp_path / "a.flac", sound, kind="PCM_24")
     want = torch.from_numpy(sound.mean(1)).float()
-    for name, kind in (("a.wav", "PCM_16"), ("b.flac", "PCM_24"), ("c.aiff", "PCM_16"),
-                       ("d.wav", "DOUBLE")):
-        found = load_audio(write(tmp_path / name, sound, kind=kind))
-        torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
-    part = load_audio(tmp_path / "d.wav", start=0.25, seconds=0.5)
+    torch.testing.assert_close(load_audio(path), want, atol=1e-6, rtol=0)
+    part = load_audio(path, start=0.25, seconds=0.5)
     torch.testing.assert_close(part, want[4000:12_000], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["text.wav", "empty.wav", "none.wav", "nan.wav", "slow.wav",
-                                  "nowhere.wav", "folder.wav"])
-def test_what_is_no_sound_raises_the_one_error(name, tmp_path):
-    (tmp_path / "text.wav").write_text("no sound")
-    (tmp_path / "empty.wav").touch()
-    write(tmp_path / "none.wav", np.zeros(0))
-    write(tmp_path / "nan.wav", np.array([0.1, np.nan] * 500), kind="FLOAT")
-    tone(tmp_path / "slow.wav", 7, seconds=100, hertz=1)
-    (tmp_path / "folder.wav").mkdir()
-    with pytest.raises(AudioError, match=name):
-        load_audio(tmp_path / name)
-
-
 def damaged(content, rng):
-    """In one of five ways."""
-    content, way = bytearray(content), rng.integers(5)
-    place, length = rng.integers(len(content)), rng.integers(1, 5000)
-    if way == 0:  # cut, or with a hole
-        content[place : place + rng.choice([length, len(content)])] = b""
-    elif way == 1:  # noise behind the header
-        content[place % 100 :] = rng.bytes(len(content))
-    elif way == 2:  # length, rate or channels, in a wav header's places, as absurd as they come
-        place, value = rng.choice([22, 24, 40]), int(rng.choice([2**32 - 1, 2**16 - 1, 1, 0]))
-        content[place : place + 4] = value.to_bytes(4, "little")
-    else:  # bits flipped anywhere, or in the header
-        for place in rng.integers((0, 64, len(content))[way - 2], size=rng.integers(1, 50)):
-            content[place % len(content)] ^= 1 << rng.integers(8)
+    """Cut, with a hole, of noise, lying in its header, or with flipped bits."""
+    way, place = rng.integers(6), int(rng.integers(len(content)))
+    if way < 2:
+        return content[:place] + (content[place + 3000 :] if way else b"")
+    if way == 2:
+        return content[: place % 100] + rng.bytes(len(content))
+    if way == 3:  # about channels, rate or length, where a wav has them
+        place = rng.choice([22, 24, 40])
+        lie = (b"\0\0\0\0", b"\1\0\0\0", b"\xff\xff\xff\xff")[rng.integers(3)]
+        return content[:place] + lie + content[place + 4 :]
+    content = bytearray(content)
+    for place in rng.integers(64 if way == 4 else len(content), size=20):
+        content[place] ^= 1 << rng.integers(8)
     return content
 
 
 def make_corpus(folder, count):
-    """`count` damaged files, of real sound too where there is some, and 17 odd ones, some of which
-    are sound."""
-    rng = np.random.default_rng(0)
-    whole = [(path.suffix, path.read_bytes()[:60_000])
-             for path in sorted((SHARED / "data").glob("*/audio/*"))[::400]]
-    for kind in ("wav PCM_16", "wav PCM_U8", "wav PCM_24", "wav DOUBLE", "flac PCM_16",
-                 "ogg VORBIS", "ogg OPUS", "mp3 MPEG_LAYER_III", "aiff PCM_16", "au ULAW"):
-        for rate, shape in ((16_000, 3200), (48_000, (9600, 2))):
-            path = folder / f"whole.{kind.split()[0]}"
-            write(path, 0.3 * rng.standard_normal(shape), rate, kind.split()[1])
-            whole.append((path.suffix, path.read_bytes()))
-            path.unlink()
+    """`count` damaged files and 17 odd ones; what is called bad is no sound."""
+    rng, whole = np.random.default_rng(0), []
+    for suffix, kind in ((".wav", "PCM_16"), (".wav", "DOUBLE"), (".flac", "PCM_16"),
+                         (".ogg", "VORBIS"), (".ogg", "OPUS"), (".mp3", "MPEG_LAYER_III"),
+                         (".aiff", "PCM_16"), (".au", "ULAW")):
+        path = write(folder / f"x{suffix}", 0.3 * rng.standard_normal((9600, 2)), 48_000, kind)
+        whole.append((suffix, path.read_bytes()))
+        path.unlink()
     for k in range(count):
         suffix, content = whole[k % len(whole)]
         (folder / f"{k:04}{suffix}").write_bytes(damaged(content, rng))
     sound = 0.3 * rng.standard_normal(16_000)
-    for name, samples, rate, kind in (
-        ("nan.wav", np.append(sound, np.nan), 16_000, "DOUBLE"), ("0.flac", [], 16_000, "PCM_16"),
-        ("inf.wav", np.append(sound, np.inf), 16_000, "DOUBLE"), ("1 Hz.wav", sound, 1, "PCM_16"),
-        ("huge.wav", sound * 1e300, 16_000, "DOUBLE"), ("odd.wav", sound, 44_101, "PCM_U8"),
-        ("high.wav", sound, 384_000, "PCM_24"), ("prime.wav", sound, 999_983, "PCM_16"),
-        ("many.wav", np.tile(sound[:, None], 32), 16_000, "PCM_16"),
-        ("one.wav", sound[:1], 16_000, "PCM_16"), ("line\nbreak.wav", sound, 16_000, "PCM_16"),
+    for name, samples, rate in (
+        ("bad nan.wav", np.append(sound, np.nan), 16_000), ("bad none.wav", [], 16_000),
+        ("bad inf.wav", np.append(sound, np.inf), 16_000), ("bad rate.wav", sound, 7),
+        ("huge.wav", sound * 1e300, 16_000), ("odd.wav", sound, 44_101),
+        ("prime.wav", sound, 999_983), ("many.wav", np.tile(sound[:, None], 32), 16_000),
+        ("one.wav", sound[:1], 16_000), ("line\nbreak.wav", sound, 16_000),
     ):
-        write(folder / name, samples, rate, kind)
+        write(folder / name, samples, rate, "DOUBLE")
     write(os.fsencode(folder) + b"/not utf-8 \xff.wav", sound)
-    (folder / "text.wav").write_text("This is not sound.")
-    (folder / "nothing.wav").touch()
-    (folder / "folder.wav").mkdir()
-    (folder / "dangling.wav").symlink_to(folder / "nowhere.wav")
-    os.mkfifo(folder / "pipe.wav")
+    (folder / "bad text.wav").write_text("This is not sound.")
+    (folder / "bad nothing.wav").touch()
+    (folder / "bad folder.wav").mkdir()
+    (folder / "bad link.wav").symlink_to(folder / "nowhere.wav")
+    os.mkfifo(folder / "bad pipe.wav")
 
 
 def python(code, *arguments):
@@ -1409,10 +1326,11 @@ def python(code, *arguments):
 CORPUS = """
 torch.set_num_threads(1)
 read, refused, folder = 0, 0, sys.argv[1]
-for path in [*data.find_audio(folder), folder + "/folder.wav"]:
+for path in [*data.find_audio(folder), folder + "/bad folder.wav", folder + "/bad lost.wav"]:
     try:
         x = data.load_audio(path)
         assert x.dtype == torch.float32 and x.ndim == 1 and len(x) and x.isfinite().all()
+        assert "/bad" not in path, path
         read += 1
     except data.AudioError as error:
         assert error.path == path and "\\n" not in str(error), str(error)
@@ -1437,11 +1355,11 @@ def test_a_thousand_damaged_files_harm_nothing(tmp_path, capfd):
             clips.usable(k)
         except AudioError as error:
             broken.add(error.path)
-    assert {f"{folder}/nan.wav", f"{folder}/pipe.wav"} <= broken and len(broken) > 100
+    assert {f"{folder}/bad nan.wav", f"{folder}/bad pipe.wav"} <= broken and len(broken) > 100
     more = ["--epochs=1", "--batch-size=32", "--log-every=5", "--workers=1"]
     assert eat.main(flags(folder, out, *more, steps=None)) == 0
     said = [line for line in capfd.readouterr().err.splitlines() if " so far; new: " in line]
-    named = re.findall(rf"{folder}/(\S+) \(", " ".join(said))  # each once, when it is met
+    named = re.findall(rf"{folder}/([^(]+) \(", " ".join(said))  # each once, when it is met
     assert len(named) == len(set(named)) > 3 and logged(out)[-1]["skipped"] == len(broken)
     assert all(x.isfinite().all() for x in weights(out)[1].values())
 
@@ -1460,7 +1378,8 @@ def test_a_long_file_becomes_clips_that_hold_all_of_it(tmp_path):
     assert seen.all()
 
 
-@pytest.mark.parametrize("mark, end", [("", "\n"), ("\ufeff", "\r\n")], ids=["plain", "of Windows"])
+@pytest.mark.parametrize("mark, end", [("", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")],
+                         ids=["plain", "of Windows", "of Windows with a mark"])
 def test_a_path_is_a_folder_a_file_or_a_list(mark, end, tmp_path):
     (tmp_path / "deep/er").mkdir(parents=True)
     (tmp_path / "deep/none").mkdir()
@@ -1469,7 +1388,7 @@ def test_a_path_is_a_folder_a_file_or_a_list(mark, end, tmp_path):
     (tmp_path / "deep/up").symlink_to(tmp_path)  # in a circle
     (tmp_path / "twice").symlink_to(tmp_path / "deep")
     for name, lines in {
-        "list.txt": ["a.WAV", "", "deep/er/b.flac", "missing.wav"], "none.txt": [],
+        "list.txt": ["a.WAV", "", both[1], "missing.wav"], "none.txt": [],
         "train.tsv": [folder, "a.WAV\t32000", "deep/er/b.flac\t32000"],
     }.items():
         (tmp_path / name).write_bytes((mark + end.join([*lines, ""])).encode())
@@ -1511,26 +1430,14 @@ def test_unusable_clips_give_way_to_the_next_and_are_named(tmp_path):
     assert len(batch.waveforms) == 0 and len(batch.skipped) == 4 and batch.wanted == 1
 
 
-def test_measured_statistics_leave_the_padding_out(tmp_path):
-    write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 20_000), kind="FLOAT")
-    waveform = load_audio(tmp_path / "a.wav")
-    x = fbank((waveform - waveform.mean())[None])
-    found = data.measure_stats(open_clips(str(tmp_path), 1024))
-    assert found == pytest.approx((x.mean().item(), x.std().item()), abs=1e-3)
-
-
-def test_the_demo_is_made_from_its_seed():
-    demo, same, other = (data.Demo(128, seed).read(5) for seed in (0, 0, 1))
-    held_out = data.Demo(128, 0, held_out=True).read(5)
-    assert torch.equal(demo, same) and demo.isfinite().all()
-    assert not torch.equal(demo, other) and not torch.equal(demo, held_out)
-    assert len(data.Demo.classes) >= 10
-
-
-def test_the_demo_classes_do_not_differ_in_mean_spectrum():
+def test_the_demo_comes_from_its_seed_and_its_classes_do_not_differ_in_mean_spectrum():
     """Nearest neighbours on each mel band's mean power stay near chance (8 %), so features must see
     movement."""
-    demo = data.Demo(256, seed=0, size=360, held_out=True)
+    demo, same, other = (data.Demo(256, seed, size=360, held_out=True) for seed in (0, 0, 1))
+    sound = demo.read(5)
+    assert torch.equal(sound, same.read(5)) and sound.isfinite().all() and len(demo.classes) >= 10
+    for others in (other, data.Demo(256, 0)):
+        assert not torch.equal(sound, others.read(5))
     means = fbank(demo.__getitems__(range(360)).waveforms).exp().mean(1).log()
     labels = torch.as_tensor(demo.labels)
     scores = eat.nearest_neighbours(means[:240], F.one_hot(labels[:240]).float(), means[240:])
@@ -1578,24 +1485,18 @@ def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
     flat = np.memmap(tmp_path / "pack/samples", "<i2", mode="r")
     assert len(flat) == packed.lengths.sum() and (flat[:50_000] == packed.read(0).numpy()).all()
 
-
-def test_clips_of_a_pack_are_those_of_its_files(several, tmp_path):
-    pack(several, tmp_path / "pack")
     clips, files = open_clips(str(tmp_path / "pack"), 128), open_clips(str(several), 128)
     assert len(clips) == len(files) == 6 and clips.skipped.keys() == files.skipped.keys()
     ours, theirs = clips.__getitems__([0, 1, 2, 5]), files.__getitems__([0, 1, 2, 5])
     assert ours.waveforms.dtype == torch.int16 and torch.equal(ours.lengths, theirs.lengths)
-    # 16 kHz and 16 bits: the same sound.
-    assert torch.equal(ours.waveforms[:3] / 32768, theirs.waveforms[:3])
-    a, b = (spectrogram(x.waveforms[:3], x.lengths[:3], 128, -4.268, 4.569) for x in (ours, theirs))
-    torch.testing.assert_close(a, b)
+    assert torch.equal(ours.waveforms[:3] / 32768, theirs.waveforms[:3])  # they were 16 bits
     # One of them is scaled, so all are floats.
     mixed, wanted = (x.__getitems__([0, 3]).waveforms for x in (clips, files))
     torch.testing.assert_close(mixed, wanted, atol=3 / 32768, rtol=0)
 
 
 def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, capsys):
-    cut, kept = tmp_path / "cut", ("samples", "names", "index", "pack.json")
+    cut = tmp_path / "cut"
     pack(several, tmp_path / "whole")
 
     def killed(path, *arguments):
@@ -1611,16 +1512,29 @@ def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, c
         with open(cut / name, "ab") as file:
             file.write(b"more than there is")
     pack(several, cut)
-    for name in kept:
+    for name in ("samples", "names", "index", "pack.json"):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     for folder in (cut, several):
         refused(data.main, ["pack", several, folder], "choose another folder", capsys)
-    content = {name: (cut / name).read_bytes() for name in kept}
-    for name, whole in content.items():  # parts that do not fit each other
-        (cut / name).write_bytes(whole[:-8])
-        with pytest.raises(AudioError, match="not a whole pack"):
-            data.Pack(str(cut))
-        (cut / name).write_bytes(whole)
+
+
+def test_a_pack_whose_parts_do_not_fit_is_refused(several, tmp_path, capsys):
+    pack(several, tmp_path / "pack")
+    run = flags(tmp_path / "pack", tmp_path / "out")
+    for part, change in (
+        ("index", lambda old: old[:-24]), ("samples", lambda old: old + b"\0\0"),
+        ("samples", lambda old: old[:-8]), ("names", lambda old: old[1:]),
+        ("index", lambda old: old[24:48] + old[:24] + old[48:]),
+        ("pack.json", lambda old: old.replace(b'"files": 6', b'"files": 7')),
+    ):
+        path = tmp_path / "pack" / part
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        refused(eat.main, run, "not a whole pack (its parts do not fit each other); pack the sound "
+                "again", capsys)
+        path.write_bytes(whole)
+    (tmp_path / "pack/pack.json").write_text("{")
+    refused(eat.main, run, "not a whole pack", capsys)
 
 
 def test_a_pack_that_breaks_costs_its_clips(several, tmp_path):
@@ -1632,10 +1546,23 @@ def test_a_pack_that_breaks_costs_its_clips(several, tmp_path):
     assert "samples: ends before the index" in next(iter(batch.skipped.values()))
 
 
-def test_training_on_a_pack_is_training_on_its_files(whole_run, sounds, tmp_path):
-    pack(sounds, tmp_path / "pack")
-    assert eat.main(flags(tmp_path / "pack", tmp_path / "out")) == 0
-    assert_same_weights(tmp_path / "out", whole_run)
+def test_packed_sound_gives_the_same_results(sounds, esc, whole_run, start_from, tmp_path):
+    pack(sounds, tmp_path / "sounds")
+    assert eat.main(flags(tmp_path / "sounds", tmp_path / "out")) == 0
+    assert same_runs(tmp_path / "out", whole_run)
+    pack(esc, tmp_path / "pack")
+    found, features = [], []
+    for path, out in ((esc, tmp_path / "files"), (tmp_path / "pack", tmp_path / "packed")):
+        assert fine(path, out, start_from) == 0
+        assert fine(path, f"{out}-knn", start_from, "--mode=knn") == 0
+        found.append([results(out), results(f"{out}-knn")])
+        embed = ["embed", str(path), start_from, f"--out={out}.npz", "--workers=1", "--device=cpu"]
+        assert finetune.main(embed) == 0
+        features.append(dict(np.load(f"{out}.npz")))
+    assert found[0] == found[1]
+    assert same_runs(tmp_path / "files", tmp_path / "packed")
+    for name in features[0]:
+        np.testing.assert_array_equal(features[0][name], features[1][name])
 
 
 @linux
@@ -1724,6 +1651,8 @@ def test_esc_folders_have_folds(tmp_path):
         assert esc.targets([n]).tolist() == [[0, 1] if is_saw else [1, 0]]
     only = labelled(tmp_path / "esc", esc10=True)
     assert (only.kind, len(only.clips), only.classes) == ("ESC-10", 4, ["chainsaw"])
+    with pytest.raises(AudioError, match="one fold"):
+        labelled(make_esc(tmp_path / "2", folds=(2,)))
 
 
 def test_clips_of_esc_that_are_broken_missing_or_unlabelled(tmp_path):
@@ -1742,15 +1671,26 @@ def test_clips_of_esc_that_are_broken_missing_or_unlabelled(tmp_path):
     assert len(esc.clips) == 7 and all(map(re.match, says, esc.notes)) and len(esc.notes) == 3
 
 
-def test_speech_commands_has_its_lists(tmp_path):
-    make_classes(tmp_path, bed=3, cat=3, _background_noise_=3)
-    (tmp_path / "validation_list.txt").write_text("bed/0.wav\ncat/0.wav\n")
-    (tmp_path / "testing_list.txt").write_text("bed/1.wav\ncat/1.wav\ncat/lost.wav\n")
-    speech = labelled(tmp_path)
+def test_folders_of_classes_have_parts_or_lists_or_neither(tmp_path):
+    for part in ("train", "test"):
+        make_classes(tmp_path / "parts" / part, one=1, two=1)
+    parts = labelled(tmp_path / "parts")
+    assert parts.classes == ["one", "two"] and [len(x) for x in parts.folds["test"]] == [2, 2]
+
+    folder = make_classes(tmp_path / "speech", bed=3, cat=3, _background_noise_=3)
+    (folder / "validation_list.txt").write_text("bed/0.wav\ncat/0.wav\n")
+    (folder / "testing_list.txt").write_text("bed/1.wav\ncat/1.wav\ncat/lost.wav\n")
+    speech = labelled(folder)
     assert (speech.kind, speech.classes) == ("Speech Commands", ["bed", "cat"])
     train, test = speech.folds["test list"]
     assert len(speech.clips) == 6 and "lost.wav" in speech.notes[0]
     assert (names(speech, train), names(speech, test)) == (["2.wav"] * 2, ["1.wav"] * 2)
+
+    make_classes(tmp_path / "flat", few=2, many=10)
+    flat, again = (labelled(tmp_path / "flat", seed=1) for _ in range(2))
+    ((train, test),), ((_, same),) = flat.folds.values(), again.folds.values()
+    assert torch.equal(test, same) and flat.targets(test.tolist()).sum(0).tolist() == [1, 2]
+    assert sorted(train.tolist() + test.tolist()) == list(range(12))
 
 
 def test_manifests_have_several_labels_a_clip(tmp_path):
@@ -1775,31 +1715,10 @@ def test_lists_of_labels_in_another_form_are_one_line(content, tmp_path):
         path = tmp_path / name
         before = path.read_bytes()
         path.write_bytes(content)
-        with pytest.raises(AudioError) as error:
+        with pytest.raises(AudioError, match=rf"\A{tmp_path}[^\n]*\Z"):
             labelled(tmp_path / name.split("/")[0])
-        assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
         path.write_bytes(before)
     assert len(labelled(tmp_path / "as").clips) == 6  # only the lists were at fault
-
-
-def test_folders_of_classes_with_and_without_parts(tmp_path):
-    for part in ("train", "test"):
-        make_classes(tmp_path / "parts" / part, one=1, two=1)
-    parts = labelled(tmp_path / "parts")
-    assert parts.classes == ["one", "two"] and [len(x) for x in parts.folds["test"]] == [2, 2]
-    make_classes(tmp_path / "flat", few=2, many=10)
-    flat, again = (labelled(tmp_path / "flat", seed=1) for _ in range(2))
-    ((train, test),), ((_, same),) = flat.folds.values(), again.folds.values()
-    assert torch.equal(test, same) and flat.targets(test.tolist()).sum(0).tolist() == [1, 2]
-    assert sorted(train.tolist() + test.tolist()) == list(range(12))
-
-
-def test_what_is_no_labelled_data_set_says_so(tmp_path):
-    tone(tmp_path / "a.wav")
-    make_esc(tmp_path / "esc", folds=(2,))
-    for path, says in (("", "no labelled data set"), ("no", "no such folder"), ("esc", "one fold")):
-        with pytest.raises(AudioError, match=says):
-            labelled(tmp_path / path)
 
 
 # ---- finetune.py: metrics, augmentation, probes --------------------------------------------------
@@ -1860,41 +1779,34 @@ def test_mixup_is_one_lambda_with_the_flipped_batch():
     torch.testing.assert_close(labels, share * targets + (1 - share) * targets[[3, 2, 1, 0]])
 
 
-def check_bands(masked, ratio):
-    """`masked` (clips, T, 128) is one band of mel bins and one of frames a clip, up to `ratio`."""
+@pytest.mark.parametrize("way", ["alone", "after the noise of Speech Commands"])
+def test_spec_augment_masks_one_band_and_one_stretch_a_clip(way):
+    if way == "alone":
+        x = finetune.spec_augment(torch.ones(200, 1, 64, 128), 0.4, 0)
+    else:
+        recipe = FineTune(**{**finetune.RECIPES["spc2"], "spec_augment": 0.4})
+        sound = torch.randn(200, 10_480), torch.full((200,), 10_480), torch.eye(200)
+        x, _ = finetune.augmented(*sound, small(), recipe, np.random.default_rng(0))
+    masked = x[:, 0] == 0  # exactly
+    assert not (masked[0] == masked[1]).all()
     bins, frames = masked.all(1), masked.all(2)
     assert (masked == (bins[:, None] | frames[:, :, None])).all()
     for band in (bins, frames):
         assert (F.pad(band.int(), (1, 1)).diff(dim=1).abs().sum(1) <= 2).all()  # one piece
-        widths, most = band.sum(1).float(), ratio * band.shape[1]
+        widths, most = band.sum(1).float(), 0.4 * band.shape[1]
         assert 0.9 * most < widths.max() <= most + 1
         assert widths.mean().item() == pytest.approx((most - 1) / 2, rel=0.15)
 
 
-def test_spec_augment_masks_one_band_and_one_stretch_a_clip():
-    masked = finetune.spec_augment(torch.ones(200, 1, 64, 128), 0.4, 0)[:, 0] == 0
-    check_bands(masked, 0.4)
-    assert not (masked[0] == masked[1]).all()
-
-
-def test_the_noise_of_speech_commands_comes_before_the_masks():
-    recipe = FineTune(**{**finetune.RECIPES["spc2"], "spec_augment": 0.4})
-    sound = torch.randn(200, 10_480), torch.full((200,), 10_480), torch.eye(200)
-    x, _ = finetune.augmented(*sound, small(), recipe, np.random.default_rng(0))
-    check_bands(x[:, 0] == 0, 0.4)  # exactly 0
-
-
 def test_roll_and_gain_move_each_clip_within_itself():
-    sound = torch.arange(1.0, 7)
+    sound, lengths = torch.arange(1.0, 7), torch.full((50,), 6)
     waveforms = F.pad(sound, (0, 4)).expand(50, -1)
-    lengths = torch.full((50,), 6)
     rolled = finetune.roll_and_gain(waveforms, lengths, np.random.default_rng(1))
-    assert (rolled[:, 6:] == 0).all()
     gain = rolled.sum(1, keepdim=True) / 21
     assert 0.5 < gain.min() < gain.max() < 1.5 and len(gain.unique()) > 40
     shifts = (rolled[:, :6] / gain).argmin(1)
-    for row, shift in zip(rolled[:, :6] / gain, shifts.tolist()):
-        torch.testing.assert_close(row, sound.roll(shift))
+    wanted = torch.stack([F.pad(sound.roll(shift), (0, 4)) for shift in shifts.tolist()])
+    torch.testing.assert_close(rolled / gain, wanted)
     assert len(shifts.unique()) == 6
 
 
@@ -1984,6 +1896,14 @@ def start_from(whole_run):
     return f"--checkpoint={whole_run}/last.pt"
 
 
+@pytest.fixture(scope="module")
+def tuned(esc, start_from, tmp_path_factory):
+    """A fine-tuned run of two folds."""
+    out = tmp_path_factory.mktemp("tuned")
+    assert fine(esc, out, start_from, "--steps=12") == 0
+    return out
+
+
 @pytest.mark.parametrize("recipe", list(finetune.RECIPES))
 def test_every_recipe_trains_and_tests(recipe, start_from, esc, tmp_path):
     manifests, out = recipe.startswith("as"), tmp_path / "out"
@@ -2021,74 +1941,48 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, start_from, tmp_pat
         names.write_bytes(content.encode())
         said = predict(clip, f"--labels={names}")
         assert said.index("%  Saw") < said.index("%  Bird, big")
-    names.write_text("Saw")
-    refused(finetune.main, ["predict", clip, f"--checkpoint={out}/last.pt", f"--labels={names}"],
-            "1 names for 2 classes", capsys)
 
     # A saw, then a bird: what holds in each 0.5 s of them.
     parts = [load_audio(esc / f"audio/1-1000-A-{target}.wav") for target in (41, 7)]
-    write(tmp_path / "both.wav", torch.cat(parts).numpy())
-    rows = json.loads(predict(tmp_path / "both.wav", "--json", "--every=0.5"))
+    both = write(tmp_path / "both.wav", torch.cat(parts).numpy())
+    rows = json.loads(predict(both, "--json", "--every=0.5"))
     assert [(row["start"], row["end"]) for row in rows] == [(0, 0.5), (0.5, 1.0), (1.0, 1.4)]
-    found = [row["labels"][0]["label"] for row in rows]
-    assert (found[0], found[2]) == ("chainsaw", "rooster")
-    assert "0.50 to 1.00 s" in predict(tmp_path / "both.wav", "--every=0.5")
+    assert [rows[k]["labels"][0]["label"] for k in (0, 2)] == ["chainsaw", "rooster"]
+    assert "0.50 to 1.00 s" in predict(both, "--every=0.5")
 
-    model, x = finetune.load_classifier(out / "last.pt"), torch.ones(1, 1, 64, 128)
+
+def test_a_classifier_survives_export(tuned, tmp_path):
+    model, x = finetune.load_classifier(tuned / "last.pt"), torch.ones(1, 1, 64, 128)
     for target, close in (("hf", {}), ("one.safetensors", dict(atol=0.02, rtol=0.02))):
-        assert eat.main(["export", str(out / "last.pt"), str(tmp_path / target)]) == 0
+        assert eat.main(["export", str(tuned / "last.pt"), str(tmp_path / target)]) == 0
         back = finetune.load_classifier(tmp_path / target)
         assert (back.classes, back.multi_label) == (["rooster", "chainsaw"], False)
         assert back.encoder.config.mean == -6.627
         torch.testing.assert_close(back(x), model(x), **close)
-    encoder = eat.load_encoder(out / "last.pt")
+    encoder = eat.load_encoder(tuned / "last.pt")
     torch.testing.assert_close(encoder.state_dict(), model.encoder.state_dict())
 
 
 @linux
-@pytest.mark.parametrize("number, status", [
-    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_fine_tuning_that_is_stopped_resumes_exactly(number, status, esc, start_from, tmp_path,
-                                                     capsys):
-    """In its second fold, which then starts again; the first is kept. And only as it began."""
-    cut, whole, other = tmp_path / "cut", tmp_path / "whole", tmp_path / "other.pt"
-    assert fine(esc, whole, start_from, "--steps=12") == 0
-    run = [f"--data={esc}", f"--out={cut}", *FINE, start_from, "--steps=12"]
-    process = start("finetune.py", *run, "--workers=2")
-    wait_for_step(process, cut, 14)
-    process.send_signal(number)
-    end_of(process, status, "--resume" if status > 0 else "fold 1")
-    assert_none_left(cut)
-    torch.manual_seed(1)
-    model = {f"student.{name}": x for name, x in Encoder(small()).state_dict().items()}
-    torch.save({"config": vars(small()), "model": model}, other)
-    for more, says in ((f"--checkpoint={other}", "not the encoder"), ("--lr=0.5", "--lr 0.5")):
-        refused(finetune.main, [*run, "--resume", more], says, capsys)
-    assert finetune.main([*run, "--resume"]) == 0
-    assert_same_weights(cut, whole)
-    logs = [[(line["fold"], line["step"], line["loss"]) for line in logged(out)]
-            for out in (cut, whole)]
-    assert results(cut) == results(whole) and logs[0] == logs[1] and len(logs[0]) == 24
-
-
-@slow
-def test_ten_kills_of_fine_tuning_change_nothing(esc, start_from, tmp_path):
-    run, cut = [start_from, "--steps=150"], tmp_path / "cut"
-    command = ["finetune.py", f"--data={esc}", f"--out={cut}", *FINE, *run, "--resume"]
-    kill_at_random(command, cut, 10, in_writes=False)
-    assert fine(esc, cut, *run, "--resume") == 0 and fine(esc, tmp_path / "whole", *run) == 0
-    assert_same_weights(cut, tmp_path / "whole")
-    assert results(cut) == results(tmp_path / "whole")
-
-
-def test_a_poisoned_batch_costs_fine_tuning_its_step(start_from, tmp_path):
-    folder, out = make_esc(tmp_path / "esc"), tmp_path / "out"
-    make_too_loud(folder / "audio/1-1000-A-41.wav")
-    assert fine(folder, out, start_from, "--steps=4", "--batch-size=2") == 0
-    lines = logged(out)
-    assert 1 <= sum(line["not_finite"] for line in lines) < 8
-    assert all((line["loss"] is None) == (line["not_finite"] == 1) for line in lines)
-    assert all(x.isfinite().all() for x in weights(out)[1].values())
+def test_fine_tuning_that_is_stopped_resumes_exactly(esc, start_from, tuned, tmp_path):
+    """In its second fold, which then starts again, or while the first is tested: it is kept."""
+    cases = [(f"at(finetune, 'augmented', 14, send({number}))", status)
+             for number, status in ((15, 143), (2, 130), (9, -9))]
+    cases.append(("at(finetune, 'evaluate', 1, send(15))", 143))
+    outs = [tmp_path / str(k) for k in range(len(cases))]
+    run = [f"--data={esc}", *FINE, start_from, "--steps=12"]
+    found = driven(tmp_path, *((hook, "finetune", [*run, f"--out={out}", "--workers=2"])
+                               for (hook, _), out in zip(cases, outs)))
+    for (_, expected), (status, said), out in zip(cases, found, outs):
+        assert status == expected and "Traceback" not in said, said
+        assert (status > 0) == ("--resume" in said)
+        assert list(torch.load(out / "last.pt")["done"]) == ["fold 1"]
+        assert not (out / "results.json").exists()
+        assert finetune.main([*run, f"--out={out}", "--resume"]) == 0
+        assert same_runs(out, tuned) and results(out) == results(tuned)
+        logs = [[(line["fold"], line["step"], line["loss"]) for line in logged(path)]
+                for path in (out, tuned)]
+        assert logs[0] == logs[1] and len(logs[0]) == 24
 
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])
@@ -2147,29 +2041,6 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
             np.testing.assert_allclose(mean, files["patches"][k][: 8 * 32], atol=1e-5)
 
 
-def test_packed_sound_gives_the_same_results(esc, start_from, tmp_path):
-    pack(esc, tmp_path / "pack")
-    found, features = [], []
-    for path, out in ((esc, tmp_path / "files"), (tmp_path / "pack", tmp_path / "packed")):
-        assert fine(path, out, start_from) == 0
-        assert fine(path, f"{out}-knn", start_from, "--mode=knn") == 0
-        found.append([results(out), results(f"{out}-knn")])
-        embed = ["embed", str(path), start_from, f"--out={out}.npz", "--workers=1", "--device=cpu"]
-        assert finetune.main(embed) == 0
-        features.append(dict(np.load(f"{out}.npz")))
-    assert found[0] == found[1]
-    assert_same_weights(tmp_path / "files", tmp_path / "packed")
-    for name in features[0]:
-        np.testing.assert_array_equal(features[0][name], features[1][name])
-
-
-@real_sound
-def test_esc10_is_recognised():
-    esc10 = data.open_labelled(str(SHARED / "data/esc10"), 512)
-    assert (esc10.kind, len(esc10.clips), len(esc10.classes)) == ("ESC-10", 400, 10)
-    assert [(len(train), len(test)) for train, test in esc10.folds.values()] == [(320, 80)] * 5
-
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
@@ -2179,11 +2050,10 @@ def test_look_draws_a_clip_and_what_an_encoder_makes_of_it(start_from, tmp_path)
         assert finetune.main(["look", clip, f"--out={out}", *more]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
         out.unlink()
-    axes = Figure().subplots()  # with hertz where they are
+    axes = Figure().subplots()  # with hertz where they are; bin k is drawn from k to k + 1
     finetune.draw_spectrogram(axes, np.zeros((128, 100)), "", labels=True)
     size = 128, 512, 16_000, 20.0, 0.0, 100.0, -500.0, 1.0
     centres = torchaudio.compliance.kaldi.get_mel_banks(*size)[1].flatten()
-    # Bin k is drawn from k to k + 1.
     want = np.interp([125, 500, 1000, 2000, 4000], centres, np.arange(128) + 0.5)
     assert axes.get_yticks() == pytest.approx(want, abs=0.05)
 
@@ -2226,9 +2096,6 @@ def at(owner, name, count, act):
         return original(*arguments, **more)
     setattr(owner, name, patched)
 
-def fail():
-    raise ZeroDivisionError("injected")
-
 def send(number):
     return lambda: os.kill(os.getpid(), number)
 
@@ -2263,37 +2130,27 @@ def driven(folder, *cases):
     return list(zip(json.loads(said.splitlines()[-1]), texts))
 
 
-def some_files(folder, count, seconds=0.2):
-    folder.mkdir()
-    for k in range(count):
-        tone(folder / f"{k:03}.wav", 16_000, seconds, 300 + 10 * k)
-    return folder
-
-
 @linux
-def test_an_error_anywhere_ends_the_process_and_its_workers(sounds, esc, whole_run, tmp_path):
-    def run(name):
-        return flags(sounds, tmp_path / name, "--workers=2", "--stats=audioset")
+def test_an_error_anywhere_ends_the_process_and_its_workers(sounds, esc, start_from, tmp_path):
+    def run(name, *more):
+        return flags(sounds, tmp_path / name, "--workers=2", "--stats=audioset", *more)
 
-    encoder, sure = f"--checkpoint={whole_run / 'last.pt'}", ["--device=cpu", "--workers=2"]
-    tuned = [f"--data={esc}", encoder, *FINE, "--workers=2"]
-    cases = {
-        "the loop": ["eat.EAT, 'update_teacher', 3", "eat", run("loop")],
-        "spectrograms": ["eat, 'spectrogram', 3", "eat", run("spectrograms")],
-        "a worker": ["data.AudioFiles, 'read', 3", "eat", run("worker")],
-        "a probe": ["eat, 'nearest_neighbours', 3", "eat",
-                    [*run("probe"), f"--probe={esc}", "--probe-every=2"]],
-        "fit": ["finetune, 'augmented', 2", "finetune", [*tuned, f"--out={tmp_path}/fit"]],
-        "a test": ["eat, 'spectrogram', 1", "finetune", [*tuned, f"--out={tmp_path}/test"]],
-        "embed": ["eat, 'spectrogram', 1", "finetune",
-                  ["embed", str(esc), encoder, f"--out={tmp_path}/x.npz", *sure]],
-        "pack": ["data, 'load_audio', 3", "data",
-                 ["pack", str(sounds), f"{tmp_path}/packed", "--workers=2"]],
-    }
-    found = driven(tmp_path, *([f"at({hook}, fail)", *more] for hook, *more in cases.values()))
-    wrong = {name: (status, said[-300:]) for name, (status, said) in zip(cases, found)
-             if status != 1 or "ZeroDivisionError: " not in said or "injected" not in said}
-    assert not wrong
+    sure = ["--device=cpu", "--workers=2"]
+    tuned = [f"--data={esc}", start_from, *FINE, *sure]
+    cases = [
+        ("eat.EAT, 'update_teacher', 3", "eat", run("loop")),
+        ("eat, 'spectrogram', 3", "eat", run("spectrogram")),
+        ("data.AudioFiles, 'read', 3", "eat", run("worker")),
+        ("eat, 'nearest_neighbours', 3", "eat", run("probe", f"--probe={esc}", "--probe-every=2")),
+        ("finetune, 'augmented', 2", "finetune", [*tuned, f"--out={tmp_path}/fit"]),
+        ("eat, 'spectrogram', 1", "finetune", [*tuned, f"--out={tmp_path}/test"]),
+        ("eat, 'spectrogram', 1", "finetune",
+         ["embed", str(esc), start_from, f"--out={tmp_path}/x.npz", *sure]),
+        ("data, 'load_audio', 3", "data", ["pack", str(sounds), f"{tmp_path}/packed", sure[1]]),
+    ]
+    cases = [(f"at({hook}, lambda: 1 / 0)", *more) for hook, *more in cases]
+    for (status, said), case in zip(driven(tmp_path, *cases), cases):
+        assert status == 1 and "ZeroDivisionError: " in said, (case, said)
 
 
 def test_an_error_s_traceback_keeps_no_worker(sounds, tmp_path, monkeypatch):
@@ -2304,63 +2161,66 @@ def test_an_error_s_traceback_keeps_no_worker(sounds, tmp_path, monkeypatch):
 
 
 @linux
-def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, tmp_path):
-    for name in ("deleted", "probe"):
-        shutil.copytree(esc if name == "probe" else sounds, tmp_path / name)
-    (tmp_path / "gone").mkdir()
+def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_path):
+    shutil.copytree(sounds, tmp_path / "sound")
+    shutil.copytree(esc, tmp_path / "probe")
+    outs = tmp_path / "out"
 
     def run(name, *more, data=sounds):
-        return flags(data, tmp_path / "out" / name, "--workers=2", "--stats=audioset",
-                     *more)
-
-    def moved(name):
-        return f"lambda: os.rename('{tmp_path}/{name}', '{tmp_path}/gone/{name.split('/')[-1]}')"
+        return flags(data, outs / name, "--workers=2", "--stats=audioset", *more)
 
     def third(act):
-        return f"at(eat.EAT, 'update_teacher', 3, {act})"
+        return f"at(eat.EAT, 'update_teacher', 3, lambda: {act})"
 
-    out = tmp_path / "out" / "file"
-    a_file = f"lambda: (shutil.rmtree('{out}'), open('{out}', 'w').close())"
-    found = driven(
-        tmp_path,
-        ["", "eat", run("collapse", "--collapse-std=5")],
-        [third(moved("deleted")), "eat",
-         run("deleted", "--steps=100000", data=tmp_path / "deleted")],
-        [third(a_file), "eat", run("file")],
-        ["at(data.AudioFiles, 'read', 9, send(9))", "eat", run("killed")],
-        ["at(data, 'load_audio', 3, send(9))", "data",
-         ["pack", str(sounds), f"{tmp_path}/packed", "--workers=2"]],
-        [third(moved("probe")), "eat", run("probed", f"--probe={tmp_path}/probe")],
-    )
-    for (status, said), (expected, words) in zip(found, (
-        (1, "eat.py: stopped at step 1: collapsed"), (2, "no clip can be used any more"),
-        (1, "eat.py: could not save to"), (1, "Run it again"), (1, "Run it again"),
-        (2, "no clip can be read"),
-    )):
+    def moved(name):
+        return third(f"os.rename('{tmp_path}/{name}', '{tmp_path}/{name} is gone')")
+
+    deleted = third(f"shutil.rmtree('{outs}/deleted', ignore_errors=True)")
+    a_file = third(f"(shutil.rmtree('{outs}/file'), open('{outs}/file', 'w').close())")
+    endless = run("unmounted", "--steps=100000", data=tmp_path / "sound")
+    packed = ["pack", str(sounds), f"{tmp_path}/packed", "--workers=2"]
+    cases = [
+        ("", "eat", run("collapse", "--collapse-std=5"), 1, "stopped at step 1: collapsed"),
+        (deleted, "eat", flags(sounds, outs / "deleted", "--workers=2"), 0, "the encoder is in"),
+        (a_file, "eat", run("file"), 1, "--resume goes on from there"),
+        (moved("sound"), "eat", endless, 2, "no clip can be used any more"),
+        (moved("probe"), "eat", run("probed", f"--probe={tmp_path}/probe"), 2,
+         "no clip can be read"),
+        ("at(data.AudioFiles, 'read', 9, send(9))", "eat", run("killed"), 1, "Run it again"),
+        ("at(data, 'load_audio', 3, send(9))", "data", packed, 1, "Run it again"),
+    ]
+    found = driven(tmp_path, *(case[:3] for case in cases))
+    for (*_, expected, words), (status, said) in zip(cases, found):
         told = [line for line in said.splitlines() if words in line]
         assert status == expected and len(told) == 1 and "Traceback" not in said, said
-    steps = logged(tmp_path / "out" / "deleted")[-1]["step"]
-    assert weights(tmp_path / "out" / "deleted")[0] == steps >= 3
-    assert weights(tmp_path / "out" / "probed")[0] == 8  # nothing computed is lost
+    assert "eat.py: could not save to" in found[2][1]
+    assert weights(outs / "unmounted")[0] == logged(outs / "unmounted")[-1]["step"] >= 3
+    assert weights(outs / "probed")[0] == 8  # nothing computed is lost
+    assert same_runs(outs / "deleted", whole_run)
 
 
 @linux
 def test_a_signal_at_any_moment_saves_and_a_run_resumes_exactly(sounds, whole_run, tmp_path):
-    """A lost terminal, and one under nohup; told to stop, and killed, amid the writing of the
-    second checkpoint; killed between its two renames."""
-    outs = [tmp_path / str(k) for k in range(5)]
-    ignored = "signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    """A lost terminal, and one under nohup; Ctrl-C; told to stop, and killed, amid the writing of
+    the second checkpoint; killed between its two renames. And the log ends as after a power
+    failure."""
     lost = "at(eat.EAT, 'update_teacher', 3, send(signal.SIGHUP))"
-    hooks = [lost, ignored + lost, "at(os, 'fsync', 2, send(signal.SIGTERM))",
-             "at(os, 'fsync', 2, send(9))", "at(os, 'replace', 3, send(9))"]
-    found = driven(tmp_path, *([hook, "eat", flags(sounds, out, "--workers=1", "--save-every=3")]
-                               for hook, out in zip(hooks, outs)))
-    assert [status for status, _ in found] == [129, 0, 143, -9, -9], found
-    assert not any("Traceback" in said for _, said in found)
-    assert [weights(out)[0] for out in outs[:4]] == [3, 8, 7, 3]
-    assert os.path.exists(outs[3] / "last.pt.part") and not os.path.exists(outs[4] / "last.pt")
-    for out in outs:  # the lock of a killed process is no obstacle
-        assert os.path.exists(out / "lock")
+    cases = [  # each with its exit status and the step that is saved
+        (lost, 129, 3), ("signal.signal(signal.SIGHUP, signal.SIG_IGN); " + lost, 0, 8),
+        (lost.replace("SIGHUP", "SIGINT"), 130, 3),
+        ("at(os, 'fsync', 2, send(signal.SIGTERM))", 143, 7),
+        ("at(os, 'fsync', 2, send(9))", -9, 3), ("at(os, 'replace', 3, send(9))", -9, None)]
+    outs = [tmp_path / str(k) for k in range(len(cases))]
+    found = driven(tmp_path, *((case[0], "eat", flags(sounds, out, "--workers=1", "--save-every=3"))
+                               for case, out in zip(cases, outs)))
+    for (_, expected, step), (status, said), out in zip(cases, found, outs):
+        assert status == expected and "Traceback" not in said, said
+        assert (status > 0) == ("--resume" in said)
+        assert (out / "last.pt.part").exists() == (status == -9)
+        assert weights(out)[0] == step if step else not (out / "last.pt").exists()
+        with open(out / "log.jsonl", "ab") as file:
+            file.write(b'\0\0\0\n{"\xff": 1}\n{"step" 2}\n[2]\n{"step": 1, "lo')
+        assert (out / "lock").exists()  # that of a killed process is no obstacle
         assert eat.main(flags(sounds, out, "--resume")) == 0 and same_runs(out, whole_run)
         assert [line["step"] for line in logged(out)] == list(range(1, 9))
 
@@ -2375,8 +2235,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_the_main_one_alone(sounds, tmp
         os.kill(worker, signal.SIGTERM)
     wait_for_step(process, tmp_path, logged(tmp_path)[-1]["step"] + 20)
     os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "--resume" in said and "Traceback" not in said, said
+    assert "Traceback" not in end_of(process, 143, "--resume")
     assert weights(tmp_path)[0] == logged(tmp_path)[-1]["step"]
     assert_none_left(tmp_path)
 
@@ -2384,39 +2243,35 @@ def test_a_signal_to_all_processes_of_a_run_stops_the_main_one_alone(sounds, tmp
 @linux
 @full_disk
 def test_a_run_goes_on_without_its_output(sounds, whole_run, tmp_path):
-    python = f"{sys.executable} eat.py"
-    ways = [f"set -o pipefail; {python} $0 $@ | head -1", f"{python} $0 $@ > /dev/full 2>&1",
-            f"{python} $0 $@ 2>&-", f"{python} $0 $@ >&- 2>&-"]
-    started = [subprocess.Popen(["bash", "-c", way, *flags(sounds, tmp_path / str(k))], cwd=HERE,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = f"{sys.executable} eat.py $0 $@"
+    ways = [f"set -o pipefail; {run} | head -1", f"{run} > /dev/full 2>&1", f"{run} 2>&-",
+            f"{run} >&- 2>&-"]
+    started = [start("-c", way, *flags(sounds, tmp_path / str(k)), program="bash")
                for k, way in enumerate(ways)]
     for k, process in enumerate(started):
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 0 and "rror" not in said, said
+        assert "rror" not in end_of(process, 0)
         assert same_runs(tmp_path / str(k), whole_run)
 
 
-def test_fine_tuning_saves_a_fold_before_it_speaks_of_it(esc, whole_run, tmp_path, monkeypatch):
+def test_fine_tuning_saves_a_fold_before_it_speaks_of_it(esc, start_from, tmp_path, monkeypatch):
     def silent(*texts, **_):
         if texts[0].startswith("fold 1"):
             raise BrokenPipeError("nobody listens")
 
     monkeypatch.setattr("builtins.print", silent)
-    assert fine(esc, tmp_path, f"--checkpoint={whole_run / 'last.pt'}") == 1
+    assert fine(esc, tmp_path, start_from) == 1
     assert list(torch.load(tmp_path / "last.pt")["done"]) == ["fold 1"]
 
 
 @linux
-def test_only_one_process_writes_into_a_folder(sounds, whole_run, tmp_path):
-    out, packed, alone = (tmp_path / name for name in ("out", "packed", "alone"))
-    files = some_files(tmp_path / "files", 20)
-    assert data.main(["pack", str(files), str(alone), "--workers=0"]) == 0
+def test_only_one_process_writes_into_a_folder(several, sounds, whole_run, tmp_path):
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    pack(several, tmp_path / "alone")
     found = driven(
         tmp_path,
         ["at(eat.EAT, 'update_teacher', 3, rival)", "eat", flags(sounds, out)],
-        ["at(data, 'load_audio', 5, rival)", "data",
-         ["pack", str(files), str(packed), "--workers=0"]],
+        ["at(data, 'load_audio', 3, rival)", "data",
+         ["pack", str(several), str(packed), "--workers=0"]],
     )
     for (status, said), folder in zip(found, (out, packed)):
         pid = (folder / "lock").read_text()
@@ -2425,110 +2280,52 @@ def test_only_one_process_writes_into_a_folder(sounds, whole_run, tmp_path):
         assert len(refusal) == 1 and f"{folder}: process {pid} " in refusal[0]
     assert same_runs(out, whole_run)
     for name in ("samples", "names", "index"):
-        assert (packed / name).read_bytes() == (alone / name).read_bytes()
+        assert (packed / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
-@pytest.mark.parametrize("part, change", [
-    ("index", lambda old: old[:-24]), ("samples", lambda old: old + b"\0\0"),
-    ("names", lambda old: old[1:]), ("index", lambda old: old[24:48] + old[:24] + old[48:]),
-    ("pack.json", lambda old: old.replace(b'"files": 4', b'"files": 5')),
-], ids=["a row less", "more samples", "names cut", "rows swapped", "another count"])
-def test_a_pack_whose_parts_do_not_fit_is_refused(part, change, tmp_path, capsys):
-    files, packed = some_files(tmp_path / "files", 4, seconds=0.7), tmp_path / "packed"
-    assert data.main(["pack", str(files), str(packed), "--workers=0"]) == 0
-    (packed / part).write_bytes(change((packed / part).read_bytes()))
-    capsys.readouterr()
-    assert eat.main(flags(packed, tmp_path / "out", "--batch-size=2")) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "not a whole pack" in said[0] and "pack the sound again" in said[0]
-
-
-def test_all_folds_start_from_one_reading_of_the_checkpoint(esc, whole_run, sounds, tmp_path,
-                                                            monkeypatch, capsys):
-    """It is replaced between the folds. A run that goes on with another one is refused."""
-    other, used = tmp_path / "other", tmp_path / "used.pt"
-    assert eat.main(flags(sounds, other, "--steps=1", "--seed=7")) == 0
+def test_all_folds_start_from_one_checkpoint(esc, whole_run, tuned, tmp_path, monkeypatch, capsys):
+    """It is replaced between the folds. And a run goes on only as it began."""
+    used, evaluate = tmp_path / "used.pt", finetune.evaluate
     shutil.copy(whole_run / "last.pt", used)
-    tuned = [f"--checkpoint={used}", "--seed=3"]
-    assert fine(esc, tmp_path / "whole", *tuned) == 0
-    original, results = finetune.evaluate, {}
+    model = {f"student.{name}": x for name, x in Encoder(small()).state_dict().items()}
 
     def replaced(*arguments):
-        shutil.copy(other / "last.pt", used)
-        results["first fold"] = results.get("first fold") or original(*arguments)
-        return original(*arguments)
+        torch.save({"config": vars(small()), "model": model}, used)
+        return evaluate(*arguments)
 
     monkeypatch.setattr(finetune, "evaluate", replaced)
-    assert fine(esc, tmp_path / "replaced", *tuned) == 0
-    a, b = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "replaced"))
-    assert a["done"] == b["done"]
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    capsys.readouterr()
-    assert fine(esc, tmp_path / "replaced", *tuned, "--resume") == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "not the encoder that the run in" in said[0]
+    run = [f"--checkpoint={used}", "--steps=12"]
+    assert fine(esc, tmp_path, *run) == 0
+    assert same_runs(tmp_path, tuned) and results(tmp_path) == results(tuned)
+    again = [f"--data={esc}", f"--out={tmp_path}", *FINE, *run, "--resume"]
+    for more, says in (([], "not the encoder that the run in"), (["--lr=0.5"], "--lr 0.5")):
+        refused(finetune.main, [*again, *more], says, capsys)
 
 
-@linux
-def test_a_signal_between_folds_costs_nothing(esc, whole_run, tmp_path):
-    """While the first fold is tested: it is saved, and the second begins when the run goes on."""
-    tuned = [f"--data={esc}", f"--checkpoint={whole_run / 'last.pt'}", *FINE, "--workers=1"]
-    (status, said), (whole, _) = driven(
-        tmp_path,
-        ["at(finetune, 'evaluate', 1, send(signal.SIGTERM))", "finetune",
-         [*tuned, f"--out={tmp_path}/out"]],
-        ["", "finetune", [*tuned, f"--out={tmp_path}/whole"]],
-    )
-    assert (status, whole) == (143, 0) and "--resume" in said and "Traceback" not in said, said
-    assert list(torch.load(tmp_path / "out" / "last.pt")["done"]) == ["fold 1"]
-    assert not (tmp_path / "out" / "results.json").exists()
-    assert finetune.main([*tuned, f"--out={tmp_path}/out", "--resume"]) == 0
-    a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "whole"))
-    assert a["results"] == b["results"] and len(a["results"]["fine-tuned"]) == 2
-
-
-@pytest.mark.parametrize("mode", ["finetune", "linear", "knn", "shots", "probe"])
-def test_nothing_to_test_on_is_one_line_before_any_training(mode, sounds, whole_run, tmp_path,
-                                                            capsys):
+@pytest.mark.parametrize("mode", ["finetune", "linear", "knn", "linear --shots=1", "probe"])
+def test_nothing_to_test_on_is_one_line(mode, sounds, start_from, tmp_path, capsys):
     dataset, out = make_esc(tmp_path / "esc"), tmp_path / "out"
     for path in (dataset / "audio").glob("1-*"):
         path.write_text("no sound")
-    how = ["--mode=linear", "--shots=1"] if mode == "shots" else [f"--mode={mode}"]
     if mode == "probe":  # of pre-training
-        assert eat.main(flags(sounds, out, f"--probe={dataset}")) == 2
+        status = eat.main(flags(sounds, out, f"--probe={dataset}"))
     else:
-        assert fine(dataset, out, f"--checkpoint={whole_run / 'last.pt'}", "--fold=1", *how) == 2
+        status = fine(dataset, out, start_from, "--fold=1", *f"--mode={mode}".split())
     said = capsys.readouterr()
     line = said.err.strip().splitlines()[-1]
-    assert ".py: " in line and "1-1000-A-41.wav" in line
+    assert status == 2 and ".py: " in line and "1-1000-A-41.wav" in line
     assert "nan" not in said.out.lower() and "Traceback" not in said.err
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("main, way", [(eat.main, "fine-tuned"), (finetune.main, "pre-trained")])
-def test_a_run_of_the_other_program_is_not_resumed(main, way, sounds, esc, whole_run, tmp_path,
-                                                   capsys):
-    if way == "fine-tuned":
-        assert fine(esc, tmp_path, f"--checkpoint={whole_run / 'last.pt'}", "--fold=1") == 0
-    else:
-        shutil.copy(whole_run / "last.pt", tmp_path)
-    capsys.readouterr()
-    assert main([f"--data={esc}", f"--out={tmp_path}", "--resume", "--device=cpu"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "not a run of" in said[0]
-
-
 @linux
-def test_predict_prints_any_name_on_any_terminal(esc, whole_run, tmp_path):
-    assert fine(esc, tmp_path / "out", f"--checkpoint={whole_run / 'last.pt'}", "--fold=1") == 0
+def test_predict_prints_any_name_on_any_terminal(esc, tuned, tmp_path):
     name = os.fsdecode(bytes(tmp_path / "caf") + b"\xe9 \xc3\xa9.wav")
-    shutil.copy(next((esc / "audio").glob("*.wav")), name)
+    shutil.copy(esc / "audio/1-1000-A-41.wav", name)
     strict = "[s.reconfigure(encoding='ascii', errors='strict') for s in (sys.stdout, sys.stderr)]"
-    arguments = ["predict", name, f"{tmp_path}/nowhere.wav", "--device=cpu",
-                 f"--checkpoint={tmp_path}/out/last.pt"]
-    (status, said), (bad_status, bad) = driven(
-        tmp_path, [strict, "finetune", [arguments[0], name, *arguments[3:]]],
-        [strict, "finetune", [*arguments[:1], name + "\udcff", *arguments[3:]]])
+    (status, said), (bad_status, bad) = driven(tmp_path, *(
+        (strict, "finetune", ["predict", path, f"--checkpoint={tuned}/last.pt", "--device=cpu"])
+        for path in (name, name + "\udcff")))
     assert status == 0 and "caf\\udce9 \\xe9.wav" in said and "rooster" in said, said
     assert bad_status == 2 and "Traceback" not in bad, bad
 
@@ -2542,27 +2339,8 @@ def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(program, tmp_path
     assert done.returncode in (-signal.SIGINT, 130) and "Traceback" not in done.stderr, done
 
 
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
-def test_a_truncated_checkpoint_says_so(share, whole_run, esc, tmp_path, capsys):
-    content = (whole_run / "last.pt").read_bytes()
-    path = tmp_path / "cut.pt"
-    path.write_bytes(content[: int(share * len(content))])
-    assert fine(esc, tmp_path / "out", f"--checkpoint={path}") == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and f"{path}: not a whole checkpoint" in said[0]
-
-
-def test_lists_from_windows_name_the_same_files(sounds, tmp_path):
-    names = sorted(str(path) for path in sounds.glob("*.wav"))
-    for form, text in {"lines": "\r\n".join(names), "mark": "\ufeff" + "\r\n".join(names) + "\r\n",
-                       "manifest": f"\ufeff{sounds}\r\n" + "".join(f"{Path(name).name}\t9000\r\n"
-                                                                   for name in names)}.items():
-        (tmp_path / form).write_bytes(text.encode())
-        assert data.find_audio(str(tmp_path / form)) == names
-
-
 @linux
-def test_open_files_do_not_grow_with_the_clips(whole_run, tmp_path, monkeypatch):
+def test_open_files_do_not_grow_with_the_clips(start_from, tmp_path, monkeypatch):
     """A tensor that came from a worker holds a file open for as long as it lives."""
     read, count = eat.read_features, []
 
@@ -2571,68 +2349,42 @@ def test_open_files_do_not_grow_with_the_clips(whole_run, tmp_path, monkeypatch)
         return read(*arguments)
 
     monkeypatch.setattr(eat, "read_features", counted)
-    folder = some_files(tmp_path / "files", 384, seconds=0.05)
-    assert finetune.main(["embed", str(folder), f"--checkpoint={whole_run / 'last.pt'}",
-                          f"--out={tmp_path}/x.npz", "--workers=1", "--device=cpu"]) == 0
+    for k in range(384):
+        tone(tmp_path / f"{k:03}.wav", seconds=0.05)
+    assert finetune.main(["embed", str(tmp_path), start_from, f"--out={tmp_path}/x.npz",
+                          "--workers=1", "--device=cpu"]) == 0
     assert len(count) == 12 and count[-1] - count[3] < 4, count
 
 
-def test_padding_changes_no_features(whole_run, tmp_path):
-    """A short sound has the same features in a longer clip."""
-    encoder = eat.load_encoder(whole_run / "last.pt")
-    machine = eat.Machine(device="cpu", precision="float32", workers=0)
-    some_files(tmp_path / "files", 3, seconds=0.3)
-    short, long = (eat.features(encoder, EATConfig(**{**SMALL, "frames": frames}),
-                                data.open_clips(str(tmp_path / "files"), frames), range(3), machine)
-                   for frames in (32, 128))
-    assert len(short[0]) == 3
-    for name, value in short[0].items():
-        torch.testing.assert_close(long[0][name], value, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("change", ["added", "removed"])
-def test_a_run_goes_on_with_other_files_and_says_so(change, sounds, tmp_path, capsys):
-    folder, out = shutil.copytree(sounds, tmp_path / "sound"), tmp_path / "out"
-    assert eat.main(flags(folder, out, "--save-every=3")) == 0
-    os.replace(out / "previous.pt", out / "last.pt")
-    if change == "added":
-        tone(folder / "more.wav", 16_000)
-    else:
-        (folder / "03.wav").unlink()
-    capsys.readouterr()
-    assert eat.main(flags(folder, out, "--resume")) == 0
-    said = capsys.readouterr().err
-    assert said.count("warning") == 1 and "the run began with" in said and "now has" in said
-    assert weights(out)[0] == 8 and [line["step"] for line in logged(out)] == list(range(1, 9))
+def test_a_run_goes_on_with_other_files_and_says_so(sounds, tmp_path, capsys):
+    for change in ("added", "removed"):
+        folder, out = shutil.copytree(sounds, tmp_path / change), tmp_path / f"out {change}"
+        assert eat.main(flags(folder, out, "--save-every=3")) == 0
+        os.replace(out / "previous.pt", out / "last.pt")
+        if change == "added":
+            tone(folder / "more.wav")
+        else:
+            (folder / "03.wav").unlink()
+        capsys.readouterr()
+        assert eat.main(flags(folder, out, "--resume")) == 0
+        said = capsys.readouterr().err
+        assert said.count("warning") == 1 and "the run began with" in said and "now has" in said
+        assert [line["step"] for line in logged(out)] == list(range(1, 9))
+        assert weights(out)[0] == 8
 
 
 # ---- CUDA, as far as it goes without a card ------------------------------------------------------
-
-with warnings.catch_warnings():  # there is no file to register it in
-    warnings.simplefilter("ignore")
-    cuda_mark = pytest.mark.cuda
-
-
-def cuda(test):
-    """For tests that need a card:  pytest -m cuda test_eat.py"""
-    no_card = not torch.cuda.is_available()
-    return cuda_mark(pytest.mark.skipif(no_card, reason="needs an NVIDIA card")(test))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensors_on_a_card_have_the_right_devices_and_precisions(dtype):
     """Without a card, as torch follows them without computing: products and convolutions are in 16
     bits, what the blocks pass on (see Block.forward), targets and losses in 32."""
-    model, seen = EAT(EATConfig(**SMALL)), {}
-
-    def look(name):
-        def hook(_, inputs, output):
-            seen[name] = [*inputs, *(output if isinstance(output, tuple) else [output])]
-        return hook
-
+    model, seen = EAT(small()), {}
     for name, module in model.named_modules():
         if name:
-            module.register_forward_hook(look(name))
+            module.register_forward_hook(
+                lambda _, inputs, output, name=name: seen.update({name: (*inputs, output)}))
     with torch._subclasses.FakeTensorMode():
         state = {name: torch.empty(x.shape, device="cuda", requires_grad=x.requires_grad)
                  for name, x in [*model.named_parameters(), *model.named_buffers()]}
@@ -2640,31 +2392,21 @@ def test_tensors_on_a_card_have_the_right_devices_and_precisions(dtype):
         torch.set_autocast_dtype("cuda", dtype)
         try:
             x = torch.empty(2, 1, 64, 128, device="cuda")
-            losses = torch.func.functional_call(model, state, (x,))
-            state = {f"model.{name}": value for name, value in state.items()}
-            targets = torch.func.functional_call(Targets(model), state, (x,))
+            results = [*torch.func.functional_call(model, state, (x,)).values()]
+            model.forward = model.targets
+            results.append(torch.func.functional_call(model, state, (x,)))
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
-    seen = {name: [x for x in tensors if x.is_floating_point()] for name, tensors in seen.items()}
-    assert all(x.device.type == "cuda" for tensors in seen.values() for x in tensors)
     for name, tensors in seen.items():
+        tensors = [x for x in torch.utils._pytree.tree_leaves(tensors) if x.is_floating_point()]
+        assert all(x.device.type == "cuda" for x in tensors), name
         if name.endswith((".qkv", ".fc1", ".fc2", ".proj")) or ".convs." in name:
             assert tensors[-1].dtype == dtype, name
         if "norm" in name or name == "student":
             assert tensors[-1].dtype == torch.float32, name
     assert len([name for name in seen if "norm" in name]) == 11
-    assert all(x.dtype == torch.float32 and x.device.type == "cuda"
-               for x in (targets, *losses.values()))
-
-
-class Targets(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model.targets(x)
+    assert all(x.dtype == torch.float32 and x.device.type == "cuda" for x in results)
 
 
 def counted(model):
@@ -2678,7 +2420,7 @@ def counted(model):
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["mask given", "mask drawn inside"])
 def test_pre_training_is_one_graph_that_is_compiled_once(drawn):
-    model = EAT(EATConfig(**SMALL))
+    model = EAT(small())
     net, counter = counted(model)
     for _ in range(5):
         mask = None if drawn else model.draw_mask(2, (4, 8))
@@ -2691,7 +2433,7 @@ def test_pre_training_is_one_graph_that_is_compiled_once(drawn):
 
 @pytest.mark.parametrize("reading", ["CLS", "patches"])
 def test_fine_tuning_is_one_graph_for_training_and_one_for_testing(reading):
-    model = finetune.Classifier(Encoder(EATConfig(**SMALL)), 3, 0.1, reading)
+    model = Classifier(Encoder(small()), 3, 0.1, reading)
     net, counter = counted(model)
     for training in (True, True, False, True, False, True):
         model.train(training)
@@ -2709,16 +2451,23 @@ def test_a_compiler_that_fails_is_one_line(sounds, tmp_path, monkeypatch, capsys
     assert "torch.compile failed" in said and "/nowhere/g++" in said and "--no-compile" in said
 
 
-def stepper(config, machine, lr=1e-3):
-    """A model, its optimizer, its scaler and a function that takes a step as eat.train does."""
+# ---- CUDA, with a card ---------------------------------------------------------------------------
+
+
+BASE = EATConfig(dim=768, heads=12, depth=2, frames=256, clones=2, decoder_layers=2,
+                 mask_noise_std=0.0)
+
+
+def stepper(machine):
+    """A model of full width, and a function that takes a step of it as eat.train does."""
     torch.manual_seed(0)
-    model = EAT(config).to(machine.device)
+    model = EAT(BASE).to(machine.device)
     optimizer = eat.make_optimizer(model, Recipe(adam_eps=1e-3))  # tames gradients that are noise
     scaler, net = machine.scaler(), machine.prepare(model)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = 1e-3
 
-    def step(x, mask=None):
+    def step(x, mask):
         with machine.autocast():
             losses = net(x, mask)
         scaler.scale(losses["loss"]).backward()
@@ -2730,90 +2479,18 @@ def stepper(config, machine, lr=1e-3):
         model.update_teacher(0.999)
         return losses["loss"].detach(), norm
 
-    return model, optimizer, scaler, step
-
-
-def machine_of(device, precision="float32", compile=False):
-    torch._dynamo.reset()  # it gives up on code that it has compiled for eight models
-    return eat.Machine(device=device, precision=precision, compile=compile, workers=0)
-
-
-POISON = [pytest.param("cpu", precision) for precision in ("float32", "bfloat16")] + [
-    pytest.param("cuda", precision, marks=cuda_mark) for precision in ("bfloat16", "float16")]
-
-
-@pytest.mark.parametrize("device, precision", POISON)
-def test_gradients_that_are_not_finite_change_nothing(device, precision):
-    """Nor do twenty of them add up: where the scale of the loss is 1, it stays 1."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA card")
-    model, optimizer, scaler, step = stepper(EATConfig(**SMALL), machine_of(device, precision))
-    x = torch.randn(2, 1, 64, 128, device=device)
-    while not step(x)[1].isfinite():  # float16 settles first
-        pass
-    before = copy.deepcopy([model.student.state_dict(), model.decoder.state_dict(),
-                            *optimizer.state_dict()["state"].values()])
-    for _ in range(20):
-        assert not step(torch.where(x > 3, math.inf, x))[1].isfinite()
-    after = [model.student.state_dict(), model.decoder.state_dict(),
-             *optimizer.state_dict()["state"].values()]
-    for old, new in zip(before, after, strict=True):
-        assert all(torch.equal(old[name], new[name]) for name in old)
-    assert precision == "float16" or scaler.get_scale() == 1
-
-
-# ---- CUDA, with a card ---------------------------------------------------------------------------
-
-BASE = dict(dim=768, heads=12, depth=2, frames=256, clones=2, decoder_layers=2, mask_noise_std=0.0)
-
-
-def error_of(x, reference):
-    """Of one list of tensors against another, relative to its norm."""
-    difference = math.hypot(*((a.cpu() - b.cpu()).norm().item() for a, b in zip(x, reference)))
-    return difference / math.hypot(*(b.norm().item() for b in reference))
-
-
-def losses_and_gradients(model, x, mask, machine):
-    """The loss and all gradients of a model on a machine, on the CPU."""
-    model.zero_grad()
-    with machine.autocast():
-        losses = machine.prepare(model)(x.to(machine.device), mask.to(machine.device))
-    losses["loss"].backward()
-    return losses, [p.grad.cpu() for p in model.parameters() if p.grad is not None]
-
-
-@cuda
-@pytest.mark.parametrize("precision, compile, near, near_grad", [
-    ("float32", False, 2e-5, 1e-3), ("float32", True, 2e-5, 1e-3), ("bfloat16", False, 1e-2, 0.1),
-    ("bfloat16", True, 1e-2, 0.1), ("float16", False, 1e-2, 0.1)])
-def test_a_card_gives_the_figures_of_the_release(precision, compile, near, near_grad, formula):
-    cpu, x, mask = formula
-    _, reference = losses_and_gradients(copy.deepcopy(cpu), x, mask, machine_of("cpu"))
-    machine = machine_of("cuda", precision, compile)
-    losses, found = losses_and_gradients(copy.deepcopy(cpu).cuda(), x, mask, machine)
-    assert losses["frame_loss"].item() == pytest.approx(22.156864, rel=near)
-    assert losses["utterance_loss"].item() == pytest.approx(7.8057818, rel=near)
-    assert len(found) == len(reference) and error_of(found, reference) < near_grad
-
-
-@cuda
-def test_a_card_gives_the_spectrograms_of_the_cpu():
-    torch.manual_seed(0)
-    floats = 0.1 * torch.randn(4, data.clip_samples(256))
-    for waveforms in (floats, (floats * 32768).short()):
-        found = fbank(waveforms.cuda()).cpu()
-        torch.testing.assert_close(found, fbank(waveforms), atol=2e-3, rtol=0)
+    return model, step
 
 
 @cuda
 @pytest.mark.parametrize("masking", ["inverse_block", "block", "random"])
 def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
-    model = EAT(EATConfig(**{**SMALL, "masking": masking})).cuda()
+    model = EAT(small(masking=masking)).cuda()
     x, found = torch.ones(64, 1, 64, 128, device="cuda"), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         mask = model.draw_mask(64, (4, 8), x.device)
-        assert mask.is_cuda and set((~mask).sum(2).flatten().tolist()) == {6}
+        assert mask.is_cuda and ((~mask).sum(2) == 6).all()
         found.append((mask, model(x, mask)["frame_loss"].item()))
     assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6) and found[0][1] != found[2][1]
@@ -2821,80 +2498,21 @@ def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
 
 @cuda
 def test_a_compiled_step_of_full_width_is_the_eager_one_and_the_cpu_s():
-    x, grid = torch.randn(2, 1, 256, 128), (16, 8)
-    mask, found = EAT(EATConfig(**BASE)).draw_mask(2, grid), []
-    for machine in (machine_of("cpu"), machine_of("cuda"), machine_of("cuda", compile=True)):
-        model, _, _, step = stepper(EATConfig(**BASE), machine)
-        before = [p.detach().cpu().clone() for p in model.student.parameters()]
+    x, mask, found = torch.randn(2, 1, 256, 128), EAT(BASE).draw_mask(2, (16, 8)), []
+    for machine in (cpu(), machine_of("cuda"), machine_of("cuda", compile=True)):
+        model, step = stepper(machine)
+        before = joined(model.student.parameters())
         loss, norm = step(x.to(machine.device), mask.to(machine.device))
-        moved = [p.detach().cpu() - old for p, old in zip(model.student.parameters(), before)]
-        found.append((loss.item(), norm.item(), moved))
+        found.append((loss.item(), norm.item(), joined(model.student.parameters()) - before))
     for loss, norm, moved in found[1:]:
         assert (loss, norm) == pytest.approx(found[0][:2], rel=1e-3)
-        assert error_of(moved, found[0][2]) < 0.02
-
-
-@cuda
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_step_never_waits_for_the_card_nor_grows(precision):
-    model, _, _, step = stepper(EATConfig(**BASE), machine_of("cuda", precision))
-    waveforms = 0.1 * torch.randn(2, data.clip_samples(256), device="cuda")
-    lengths, taken = torch.full((2,), waveforms.shape[1], device="cuda"), []
-    for k in range(25):
-        torch.cuda.set_sync_debug_mode("error" if k > 2 else "default")
-        try:
-            x = data.spectrogram(waveforms, lengths, 256, -4.0, 4.0)
-            loss, norm = step(x, model.draw_mask(2, (16, 8), x.device))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        taken.append(torch.cuda.memory_allocated())
-        del x
-    assert loss.isfinite() and taken[4] == taken[24]
-
-
-@cuda
-def test_the_scale_of_float16_settles():
-    model, _, scaler, step = stepper(EATConfig(**SMALL), machine_of("cuda", "float16"))
-    scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**40})
-    x = torch.randn(2, 1, 64, 128, device="cuda")
-    before = model.decoder.proj.weight.detach().clone()
-    finite = [step(x)[1].isfinite().item() for _ in range(40)]
-    assert not finite[0] and all(finite[-5:]) and 1 < scaler.get_scale() < 2.0**40
-    assert not torch.equal(model.decoder.proj.weight, before)
-
-
-@cuda
-@pytest.mark.parametrize("more", [["--device=cuda"], ["--device=cpu"],
-                                  ["--device=cuda", "--compile"]], ids=["cuda", "cpu", "compiled"])
-def test_a_run_on_a_card_with_workers_resumes_there_and_on_the_cpu(more, sounds, tmp_path, capsys):
-    torch.zeros(1, device="cuda")  # workers are forked after CUDA began
-    card = ["--device=cuda", "--workers=2", "--save-every=4", "--no-compile"]
-    assert eat.main(flags(sounds, tmp_path / "whole", *card)) == 0
-    (tmp_path / "half").mkdir()
-    shutil.copy(tmp_path / "whole" / "previous.pt", tmp_path / "half" / "last.pt")
-    assert eat.main(flags(sounds, tmp_path / "half", "--resume", *more)) == 0
-    (step, a), (other, b) = (weights(tmp_path / name) for name in ("whole", "half"))
-    assert step == other == 8 and all(x.isfinite().all() for x in b.values())
-    if more == ["--device=cuda"]:  # the others draw other noise
-        assert error_of(list(b.values()), list(a.values())) < 1e-3
-        with capsys.disabled():
-            print("\nresumed bit by bit:", all(torch.equal(a[name], b[name]) for name in a))
-
-
-@cuda
-def test_parts_of_a_batch_on_a_card_give_the_gradients_of_the_whole():
-    x, model = torch.randn(4, 1, 256, 128), EAT(EATConfig(**BASE)).cuda()
-    machine = machine_of("cuda")
-    mask = model.draw_mask(4, (16, 8))
-    _, whole = losses_and_gradients(model, x, mask, machine)
-    parts = [losses_and_gradients(model, x[k:k + 2], mask[k:k + 2], machine)[1] for k in (0, 2)]
-    assert error_of([(a + b) / 2 for a, b in zip(*parts)], whole) < 1e-3
+        assert relative_error(moved, found[0][2]) < 0.02
 
 
 @cuda
 def test_nccl_with_one_process_changes_no_gradient(tmp_path):
-    x, model = torch.randn(2, 1, 256, 128), EAT(EATConfig(**BASE)).cuda()
-    mask, machine = model.draw_mask(2, (16, 8)), machine_of("cuda", compile=True)
+    x, model, machine = torch.randn(2, 1, 256, 128), EAT(BASE), machine_of("cuda", compile=True)
+    mask = model.draw_mask(2, (16, 8))
     _, alone = losses_and_gradients(model, x, mask, machine)
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0,
                                          world_size=1)
@@ -2904,36 +2522,52 @@ def test_nccl_with_one_process_changes_no_gradient(tmp_path):
         assert machine.reduce(3).item() == 3
     finally:
         torch.distributed.destroy_process_group()
-    assert error_of(found, alone) < 1e-3
+    assert relative_error(joined(found.values()), joined(alone.values())) < 1e-3
+
+
+@cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_step_never_waits_for_the_card_nor_grows(precision):
+    model, step = stepper(machine_of("cuda", precision))
+    waveforms = 0.1 * torch.randn(2, data.clip_samples(256), device="cuda")
+    lengths, taken = torch.full((2,), waveforms.shape[1], device="cuda"), []
+    for k in range(25):
+        torch.cuda.set_sync_debug_mode("error" if k > 2 else "default")
+        try:
+            x = spectrogram(waveforms, lengths, 256, -4.0, 4.0)
+            loss, norm = step(x, model.draw_mask(2, (16, 8), x.device))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        taken.append(torch.cuda.memory_allocated())
+        del x
+    assert loss.isfinite() and taken[4] == taken[24]
+
+
+@cuda
+@pytest.mark.parametrize("more", ["--device=cuda", "--device=cpu", "--device=cuda --compile"])
+def test_a_run_on_a_card_with_workers_resumes_there_and_on_the_cpu(more, sounds, tmp_path, capsys):
+    torch.zeros(1, device="cuda")  # workers are forked after CUDA began
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    card = ["--device=cuda", "--workers=2", "--save-every=4", "--no-compile"]
+    assert eat.main(flags(sounds, whole, *card)) == 0
+    half.mkdir()
+    shutil.copy(whole / "previous.pt", half / "last.pt")
+    assert eat.main(flags(sounds, half, "--resume", *more.split())) == 0
+    (step, a), (other, b) = weights(whole), weights(half)
+    assert step == other == 8 and all(x.isfinite().all() for x in b.values())
+    if more == "--device=cuda":  # the others draw other noise
+        assert relative_error(joined(b.values()), joined(a.values())) < 1e-3
+        with capsys.disabled():
+            print("\nresumed bit by bit:", same_runs(whole, half))
 
 
 @cuda
 @pytest.mark.parametrize("reading", ["CLS", "patches"])
-def test_two_folds_are_fine_tuned_compiled(reading, esc, whole_run, tmp_path):
-    assert fine(esc, tmp_path, f"--checkpoint={whole_run / 'last.pt'}", "--device=cuda",
-                "--compile", "--precision=bfloat16", "--steps=20", f"--reading={reading}") == 0
-    found = json.loads((tmp_path / "results.json").read_text())["results"]["fine-tuned"]
-    assert list(found) == ["fold 1", "fold 2"] and logged(tmp_path)[-1]["not_finite"] == 0
-
-
-@cuda
-def test_a_clip_longer_than_the_table_of_positions_on_a_card():
-    encoder, x = Encoder(EATConfig(**SMALL)), torch.randn(2, 1, 96, 128)
-    found = copy.deepcopy(encoder).to(machine_of("cuda").device)(x.cuda()).cpu()
-    torch.testing.assert_close(found, encoder(x), atol=1e-4, rtol=1e-4)
-
-
-@cuda
-def test_too_little_memory_on_a_card_is_one_line(sounds, tmp_path, capsys):
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(1e-3)
-    try:
-        assert eat.main(flags(sounds, tmp_path, "--device=cuda", "--dim=768", "--heads=12",
-                              "--depth=12", "--no-compile")) == 1
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("eat.py: out of memory") and "--accumulate" in said
+def test_two_folds_are_fine_tuned_compiled(reading, esc, start_from, tmp_path):
+    assert fine(esc, tmp_path, start_from, "--device=cuda", "--compile", "--precision=bfloat16",
+                "--steps=20", f"--reading={reading}") == 0
+    assert list(results(tmp_path)["fine-tuned"]) == ["fold 1", "fold 2"]
+    assert logged(tmp_path)[-1]["not_finite"] == 0
 
 
 @cuda
@@ -2967,34 +2601,29 @@ def banded(x, weight, groups):
     return y.view(groups, views, H, W, C).permute(1, 2, 3, 0, 4).flatten(3)
 
 
-def channels_last(x, weight, groups):
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=groups).permute(0, 2, 3, 1)
-
-
-def contiguous(x, weight, groups):
-    y = F.conv2d(x.permute(0, 3, 1, 2).contiguous(), weight, padding=1, groups=groups)
-    return y.permute(0, 2, 3, 1).contiguous()
+def convolved(x, weight, groups, copied=False):
+    x = x.permute(0, 3, 1, 2)
+    y = F.conv2d(x.contiguous() if copied else x, weight, padding=1, groups=groups)
+    return y.permute(0, 2, 3, 1)
 
 
 @pytest.mark.parametrize("device, size, dtype, near", [
     ("cpu", (2, 4, 8, 64), torch.float64, 1e-12),
-    pytest.param("cuda", (192, 64, 8, 768), torch.bfloat16, 0.02, marks=cuda_mark)])
+    pytest.param("cuda", (192, 64, 8, 768), torch.bfloat16, 0.02, marks=cuda)])
 def test_three_ways_to_convolve_agree(device, size, dtype, near, capsys):
     """On a card it prints how long each takes, forward and backward, for 12 clips of 16 clones."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA card")
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     x = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(size[3], size[3] // 16, 3, 3, device=device, dtype=dtype)
     up, reference = torch.randn_like(x), None
     weight.requires_grad_()
-    for way in (channels_last, contiguous, banded):
-        found = way(x, weight, 16)
-        found = [found.detach().double(), *(g.double() for g in
-                                            torch.autograd.grad(found, (x, weight), up))]
-        reference = reference or found
-        assert error_of(found, reference) < near
+    for name, way in {"channels last": convolved, "banded": banded,
+                      "contiguous": functools.partial(convolved, copied=True)}.items():
+        y = way(x, weight, 16)
+        found = joined([y, *torch.autograd.grad(y, (x, weight), up)]).double()
+        reference = found if reference is None else reference
+        assert relative_error(found, reference) < near
         if device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -3003,4 +2632,4 @@ def test_three_ways_to_convolve_agree(device, size, dtype, near, capsys):
             end.record()
             torch.cuda.synchronize()
             with capsys.disabled():
-                print(f"\n{way.__name__}: {begin.elapsed_time(end) / 20:.2f} ms", end="")
+                print(f"\n{name}: {begin.elapsed_time(end) / 20:.2f} ms", end="")
