@@ -329,8 +329,9 @@ class AudioFiles(Clips):
             raise AudioError(self.paths[file], "ends before its header says")
         try:
             return load_audio(self.paths[file], start, self.samples / SAMPLE_RATE)
-        except AudioError:
-            if start:  # a header may claim hours: after the first clip that is not there, no more
+        except AudioError as error:
+            # A header may claim hours: after the first clip that is not there, no more is sought.
+            if start and "not finite" not in error.reason:
                 self.ends[file] = start
             raise
 
@@ -660,7 +661,8 @@ class Labelled:
     weights: torch.Tensor = None  # of every clip, for weighted sampling
 
     def __post_init__(self):
-        self.multi_label = any(len(labels) != 1 for labels in self.labels)
+        several = any(len(labels) != 1 for labels in self.labels)
+        self.multi_label = several or self.kind == "AudioSet manifests"
         self.clips.replace = False  # never by a clip of another label, or of the test fold
 
     def split(self, fold, used):

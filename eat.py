@@ -641,7 +641,8 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
     be read are missing, and named in clips.skipped."""
     parts, used = {}, []
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(32)]
-    with loading(clips, chunks, machine.workers, machine.device) as batches:
+    workers = min(machine.workers, len(chunks))
+    with loading(clips, chunks, workers, machine.device) as batches:
         for batch in tqdm(batches, "clips", len(chunks), disable=None, leave=False):
             clips.skipped |= batch.skipped
             if not len(batch.numbers):

@@ -84,7 +84,7 @@ def load_classifier(path):
 
 @dataclasses.dataclass
 class FineTune:
-    """How it is fine-tuned, or read. Defaults are the release's; RECIPES has what data change."""
+    """How fine-tuning and probing go. Defaults are the release's; RECIPES differ by data set."""
 
     data: str = option(None, "ESC-50, ESC-10, Speech Commands, the release's AudioSet manifests, a "
                        "folder of classes: the folder as it lies on disk; or 'demo'")
@@ -93,15 +93,14 @@ class FineTune:
                        choices=("finetune", "linear", "knn"))
     recipe: str = option(None, "a row of settings; default: by --data; 'small' is a short one, "
                          "for a CPU", choices=("as2m", "as20k", "esc50", "spc2", "small"))
-    out: str = option(None, "folder for the results [out-finetune, out-linear, out-knn]")
+    out: str = option(None, "where results go; default: out-finetune, out-linear, out-knn")
     resume: bool = option(False, "go on with the run in --out, after its last finished fold")
-    esc10: bool = option(False, "of ESC-50, the ten classes of ESC-10")
-    fold: int = option(None, "of ESC-50, one fold instead of all five")
+    esc10: bool = option(False, "use the ten classes of ESC-10 out of ESC-50")
+    fold: int = option(None, "run one fold of ESC-50 instead of all five")
     shots: str = option(None, "with --mode linear: accuracy against clips a class, as 1,2,4,8")
     preset: str = option("tiny", "sizes of an encoder with random weights",
                          choices=tuple(eat.PRESETS))
-    frames: int = option(None, "length of a clip in frames of 10 ms; by recipe, else the "
-                         "checkpoint's")
+    frames: int = option(None, "length of a clip in frames of 10 ms; default: by --recipe")
     stats: str = option(None, "mean and deviation to normalise with; by recipe, for frozen "
                         "features the checkpoint's", choices=(*STATS, "checkpoint"))
     reading: str = option("CLS", "what the head reads", choices=("CLS", "patches"))
@@ -201,8 +200,8 @@ def spec_augment(x, ratio, seed):
 
 
 def augmented(waveforms, lengths, targets, config, recipe, rng):
-    """A training batch -> spectrogram (B, 1, T, 128), targets (B, classes). In the release's order:
-    its data set adds the noise, its model mixes and then masks, so masked bands are exactly 0."""
+    """A training batch -> spectrogram (B, 1, T, 128), targets (B, classes). As in the release noise
+    comes before mixup and SpecAugment, so that masked bands are exactly 0."""
     waveforms = as_float(waveforms)
     if recipe.roll:
         waveforms = roll_and_gain(waveforms, lengths, rng)
@@ -278,14 +277,15 @@ def make_optimizer(model, recipe):
 
 def training_order(train, data, recipe, seed):
     """The clips that training sees, without end."""
-    if not recipe.weighted:
+    if recipe.weighted:
+        generator = torch.Generator().manual_seed(seed_of(seed))
+        weights = data.weights[train].double()
+        while True:  # the release draws 200,000 at a time
+            drawn = torch.multinomial(weights, 200_000, replacement=True, generator=generator)
+            yield from train[drawn].tolist()
+    else:
         for k in shuffled(len(train), seed):
             yield train[k].item()
-    generator = torch.Generator().manual_seed(seed_of(seed))
-    weights = data.weights[train].double()
-    while True:  # the release draws 200,000 at a time
-        drawn = torch.multinomial(weights, 200_000, replacement=True, generator=generator)
-        yield from train[drawn].tolist()
 
 
 def fit(model, data, fold, config, recipe, machine, log, caught):
@@ -329,7 +329,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
             step += 1
 
             bad_in_a_row = torch.where(norm.isfinite(), 0, bad_in_a_row + 1)
-            recent.append({"loss": loss, "grad_norm": norm})
+            recent.append({"loss": loss.detach(), "grad_norm": norm})
             if step % recipe.log_every == 0 or step == recipe.steps:
                 line = log.write(step, recent, fold=fold, lr=recipe.learning_rate(step))
                 recent = []
@@ -427,6 +427,8 @@ class LinearProbe:
 def linear_scores(bank, targets, queries, l2, multi_label, seed=0):
     """Scores (m, classes) of queries by a LinearProbe on the bank, and its penalty: l2, or where
     that is None the one that does best on a quarter of the bank when trained on the rest."""
+    if l2 is None and len(bank) < 4:
+        l2 = 10.0
     if l2 is None:
         held = torch.from_numpy(np.random.default_rng(seed).permutation(len(bank)) % 4 == 0)
         trial, found = LinearProbe(bank[~held], targets[~held], multi_label), {}
@@ -438,7 +440,7 @@ def linear_scores(bank, targets, queries, l2, multi_label, seed=0):
     return LinearProbe(bank, targets, multi_label).fit(l2).scores(queries), l2
 
 
-def mel_statistics(_, x, steps):
+def mel_statistics(x, steps):
     """What no network gives: mean and deviation over time of each mel band -> (B, 256). Time steps
     that are only padding do not count."""
     place = torch.arange(x.shape[2], device=x.device)
@@ -452,15 +454,17 @@ def mel_statistics(_, x, steps):
 def read_all(data, encoder, config, recipe, machine):
     """Frozen features of all clips, of the encoder and of what it must be judged against -> {kind:
     (clips, F)}, and the clips' numbers."""
-    everything = range(len(data.clips))
-    args = (config, data.clips, everything, machine)
-    kinds, used = eat.features(encoder.to(machine.device).eval(), *args)
-    if recipe.checkpoint:
-        torch.manual_seed(seed_of(recipe.seed))
-        found, _ = eat.features(Encoder(config).to(machine.device).eval(), *args)
-        kinds["random weights, patches"] = found["patches"]
-    kinds |= eat.features(encoder, *args, mel_statistics)[0]
-    return kinds, used
+    torch.manual_seed(seed_of(recipe.seed))
+    random = Encoder(config).to(machine.device).eval()
+
+    def read(model, x, steps):
+        kinds = eat.read_features(model, x, steps)
+        if recipe.checkpoint:
+            kinds["random weights, patches"] = eat.read_features(random, x, steps)["patches"]
+        return kinds | mel_statistics(x, steps)
+
+    encoder, everything = encoder.to(machine.device).eval(), range(len(data.clips))
+    return eat.features(encoder, config, data.clips, everything, machine, read)
 
 
 def probe(data, encoder, config, recipe, machine):
@@ -502,7 +506,7 @@ def shots(data, encoder, config, recipe, machine):
                            for k in range(len(data.classes))]
                     few = torch.from_numpy(np.concatenate(few))
                     scores, _ = linear_scores(x[few], targets[few], x[held],
-                                              recipe.l2 or 10.0, data.multi_label)
+                                              10.0 if recipe.l2 is None else recipe.l2, False)
                     found.append((scores.argmax(1) == label[held]).float().mean().item())
             results[kind][count] = found
             print(f"{count} clips a class, {kind}: {100 * np.mean(found):.1f} %", flush=True)
@@ -570,11 +574,14 @@ def write_results(results, data, recipe, config):
 def open_windows(path, frames, every=None):
     """Sound of any length -> Clips, windows of `frames` frames that follow each other; or one for
     every `every` seconds, around their middle. The last window of a file is padded."""
+    if path == "demo":
+        raise UsageError("demo: has no files; expected sound")
     clips = open_clips(path, frames)
     clips.replace = False
     hop = every * SAMPLE_RATE if every else frames * SHIFT
     least = 1 if every else WINDOW  # samples that a window must have
     counts = np.maximum(1, np.floor((clips.lengths - least) / hop) + 1).astype(int)
+    counts[clips.lengths == 0] = 0  # what a pack could not read
     clips.file = np.repeat(np.arange(len(counts)), counts)
     k = np.concatenate([np.arange(count) for count in counts])
     clips.start = k * hop
@@ -587,8 +594,9 @@ def open_windows(path, frames, every=None):
 
 
 def read_files(model, config, path, machine, read, every=None):
-    """`read` of all windows of all files in `path` -> for each file its name, its seconds, what was
-    read of its windows, where these begin (seconds), and how many samples of sound each holds."""
+    """Run `read`, a function (model, x, steps) -> dict, on all windows of all files in `path` ->
+    for each file its name, its seconds, what was read of its windows, where these begin (seconds),
+    and how many samples of sound each holds."""
     clips = open_windows(path, config.frames, every)
     everything = range(len(clips))
     found, used = eat.features(model.to(machine.device), config, clips, everything, machine, read)
@@ -611,14 +619,18 @@ def predict(args):
     model, machine = load_classifier(args.checkpoint), eat.settings(Machine, vars(args))
     if args.labels:
         model.classes = read_labels(args.labels, len(model.classes))
-    table = []
+    table, status = [], 0
     for path in args.clips:
-        for name, seconds, found, begins, held in read_files(
-                model, model.encoder.config, path, machine, probabilities_of, args.every):
-            rows, ends = found["probabilities"], np.full(len(begins), seconds)
-            if args.every:
-                ends = np.minimum(begins + args.every, seconds)
-            else:
+        try:
+            files = list(read_files(model, model.encoder.config, path, machine, probabilities_of,
+                                    args.every))
+        except UsageError as error:  # the other paths' labels are not lost for it
+            print(f"finetune.py: {error}", file=sys.stderr)
+            files, status = [], 2
+        for name, seconds, found, begins, held in files:
+            rows = found["probabilities"]
+            ends = np.minimum(begins + (args.every or math.inf), seconds)
+            if not args.every:
                 rows = [np.average(rows, axis=0, weights=held)]
             for start, end, row in zip(begins.tolist(), ends.tolist(), rows):
                 labels = [{"label": model.classes[k], "probability": round(row[k].item(), 4)}
@@ -627,12 +639,13 @@ def predict(args):
                               "labels": labels})
     if args.json:
         print(json.dumps(table, indent=1))
-        return
+        return status
     for row in table:
         span = f" {row['start']:.2f} to {row['end']:.2f} s" if args.every else ""
         print(row["clip"] + span)
         for label in row["labels"]:
             print(f"    {label['probability']:6.1%}  {label['label']}")
+    return status
 
 
 def read_labels(path, count):
@@ -847,12 +860,18 @@ def settle(given):
     if resumed and resumed["digest"] != digest:
         raise UsageError(f"--checkpoint {checkpoint}: not the encoder that the run in {out} began "
                          "with; start another with another --out")
+    eat.settings(FineTune, given)  # refuses what cannot be, before anything is read
     esc10, seed = given.get("esc10", False), given.get("seed", FineTune.seed)
     data = open_labelled(given["data"], start.frames, esc10, seed)
     name = given.get("recipe") or recipe_for(data)
+    if resumed and resumed["classes"] != data.classes:
+        raise UsageError(f"--data {given['data']}: not the classes that the run in {out} has; "
+                         "start another with another --out")
     row = dict(RECIPES[name or "esc50"])
     if name is None:
-        row["stats"] = "checkpoint"
+        row |= {"stats": "checkpoint", "frames": max(512, start.frames)}
+    if data.multi_label:
+        row |= {"loss": "bce", "label_smoothing": 0.0}
     if data.kind == "demo":
         row["frames"] = start.frames
     if not checkpoint:
@@ -872,9 +891,9 @@ def settle(given):
                          f"{recipe.accumulate}")
     if recipe.weighted and data.weights is None:
         raise UsageError(f"{recipe.data}: --weighted needs sampling weights, a weight*.csv beside "
-                         "train.tsv")
+                         "train.tsv; --no-weighted does without")
     if recipe.shots and (recipe.mode != "linear" or data.multi_label
-                         or not all(n.isdigit() and int(n) for n in recipe.shots.split(","))):
+                         or not all(n.isdecimal() and int(n) for n in recipe.shots.split(","))):
         raise UsageError(f"--shots {recipe.shots}: numbers as 1,2,4, with --mode linear, for clips "
                          "of one label each")
     return recipe, config, data, tensors, digest, resumed
@@ -890,7 +909,7 @@ def train_or_probe(given):
     print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
     print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
-          f"{config.std}{data.clips.remark}", flush=True)
+          f"{config.std}", flush=True)
     with lock(recipe.out):
         if recipe.mode == "finetune":
             print(f"recipe   {recipe.recipe or 'as esc50'}: {recipe.steps:,} steps x "
@@ -900,7 +919,7 @@ def train_or_probe(given):
             folds = fine_tune(data, start, config, recipe, machine, digest, resumed)
             if isinstance(folds, int):
                 print(f"stopped; the same command with --resume goes on from {recipe.out}, after "
-                      "the last finished fold")
+                      "the last finished fold; the one at hand begins anew")
                 return 128 + folds
             results = {"fine-tuned": folds}
             print(f"fine-tuned: {summary(folds)}")
