@@ -597,6 +597,9 @@ def read_files(model, config, path, machine, read, every=None):
     """Run `read`, a function (model, x, steps) -> dict, on all windows of all files in `path` ->
     for each file its name, its seconds, what was read of its windows, where these begin (seconds),
     and how many samples of sound each holds."""
+    if every:  # each looks at twice its time, so that an event on an edge is whole in one of them
+        frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
+        config = dataclasses.replace(config, frames=min(config.frames, frames))
     clips = open_windows(path, config.frames, every)
     everything = range(len(clips))
     found, used = eat.features(model.to(machine.device), config, clips, everything, machine, read)
