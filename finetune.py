@@ -912,7 +912,7 @@ def train_or_probe(given):
     print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
     print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
-          f"{config.std}", flush=True)
+          f"{config.std}{data.clips.remark}", flush=True)
     with lock(recipe.out):
         if recipe.mode == "finetune":
             print(f"recipe   {recipe.recipe or 'as esc50'}: {recipe.steps:,} steps x "

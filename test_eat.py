@@ -1411,6 +1411,10 @@ def test_short_files_get_advice_that_fits(tmp_path, sounds, capsys):
     assert line.endswith("try --frames 80")  # 68 windows in 0.7 s, and a multiple of 16
     for path, frames in ((tmp_path, 80), (sounds, 64)):
         assert open_clips(str(path), frames).remark == ""
+    esc = str(make_esc(tmp_path / "esc"))  # of 0.7 s, too
+    for path in (esc, pack(esc, tmp_path / "packed").path):
+        assert "try --frames 80" in data.open_labelled(path, 256).clips.remark
+        assert data.open_labelled(path, 80).clips.remark == ""
 
 
 def test_unusable_clips_give_way_to_the_next_and_are_named(tmp_path):
