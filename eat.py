@@ -59,12 +59,15 @@ def option(default, help, **more):
 
 
 def check_numbers(settings):
-    """Refuse an int below 1, a float below 0 (or what its option calls `least`), nan and inf."""
+    """Refuse an int below 1, a float below 0, nan and inf, or what `least` and `most` of its option
+    say."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         least = field.metadata.get("least", 1 if field.type is int else 0)
-        if field.type in (int, float) and value is not None and not least <= value < math.inf:
-            raise ValueError(f"{field.name} ({value}) must be a number of at least {least}")
+        most = field.metadata.get("most", sys.float_info.max)
+        if field.type in (int, float) and value is not None and not least <= value <= most:
+            limit = f", at most {most}" if "most" in field.metadata else ""
+            raise ValueError(f"{field.name} ({value}) must be a number of at least {least}{limit}")
 
 
 @dataclasses.dataclass
@@ -449,12 +452,12 @@ class Recipe:
     warmup_steps: int = option(53_333, "linear warm-up; unless given, the same share of --steps",
                                least=0)
     weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
-    beta1: float = option(0.9, "Adam's decay of the mean gradient")
-    beta2: float = option(0.95, "Adam's decay of the mean squared gradient")
+    beta1: float = option(0.9, "Adam's decay of the mean gradient", most=0.9999)
+    beta2: float = option(0.95, "Adam's decay of the mean squared gradient", most=0.9999)
     adam_eps: float = option(1e-8, "Adam's epsilon")
     grad_clip: float = option(4.0, "largest norm of the gradient")
-    ema_decay: float = option(0.9998, "the teacher's decay tau at the start")
-    ema_end_decay: float = option(0.99999, "the teacher's decay tau after annealing")
+    ema_decay: float = option(0.9998, "the teacher's decay tau at the start", most=1)
+    ema_end_decay: float = option(0.99999, "the teacher's decay tau after annealing", most=1)
     ema_anneal_steps: int = option(100_000, "updates from one to the other; unless given, the "
                                    "same share of --steps", least=0)
     collapse_std: float = option(0.01, "stop when targets or predictions vary less than this; ours")

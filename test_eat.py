@@ -806,6 +806,7 @@ BAD_INPUT = {
         ("--out={tuned} --resume", "not a run of"), ("--init={run}/lost.pt", "no such file"),
         ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
         ("--mask-ratio=0.999", "some of the 32 patches visible"), ("--lr=-1", "lr (-1.0)"),
+        ("--beta2=1", "beta2 (1.0) must be a number of at least 0, at most 0.9999"),
         ("--mask-ratio=nan", "mask_ratio (nan)"), ("--mask-ratio=1", "mask_ratio (1.0)"),
         ("--mask-ratio=0", "mask_ratio (0.0)"), ("--mask-block=4", "mask_block (4) must be odd"),
         ("--std=0", "std (0.0)"), ("--norm-eps=nan", "norm_eps (nan)"), ("--heads=0", "heads (0)"),
@@ -821,6 +822,7 @@ BAD_INPUT = {
     "finetune": [
         ("--stepz=3", "--stepz=3"), ("--data=nowhere", "no such folder"),
         ("--fold=9", "--fold 9"), ("--checkpoint=nowhere.pt", "no such file"),
+        ("--drop-path=1", "drop_path (1.0)"), ("embed demo --checkpoint={last}", "has no files"),
         ("--checkpoint={broken}/a.wav", "a.wav: not a whole checkpoint"),
         ("--out={run} --resume", "not a run of"), ("--weighted", "sampling weights"),
         ("--batch-size=5 --accumulate=2", "multiple"), ("--shots=1", "--shots 1"),
@@ -1954,6 +1956,22 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, start_from, tmp_pat
     assert [(row["start"], row["end"]) for row in rows] == [(0, 0.5), (0.5, 1.0), (1.0, 1.4)]
     assert [rows[k]["labels"][0]["label"] for k in (0, 2)] == ["chainsaw", "rooster"]
     assert "0.50 to 1.00 s" in predict(both, "--every=0.5")
+    # A path that cannot be read costs the others nothing but the exit status.
+    where = [f"--checkpoint={out}/last.pt", *CPU_FLAGS]
+    assert finetune.main(["predict", "nowhere.wav", clip, *where]) == 2
+    said = capsys.readouterr()
+    assert "%  chainsaw" in said.out and said.err.count("nowhere.wav: no such file") == 1
+
+
+def test_several_labels_a_clip_get_binary_cross_entropy(start_from, esc, tmp_path, capsys):
+    out, small_recipe = tmp_path / "out", ["--recipe=small", "--frames=64"]
+    assert fine(make_manifests(tmp_path / "as"), out, start_from, *small_recipe) == 0
+    used = results(out, "recipe")
+    assert (used["loss"], used["label_smoothing"]) == ("bce", 0.0)
+    assert results(out)["fine-tuned"]["eval"]["metric"] == "mAP"
+    # And a run does not go on with other classes.
+    assert fine(esc, out, start_from, *small_recipe, "--resume") == 2
+    assert "not the classes that the run in" in capsys.readouterr().err
 
 
 def test_a_classifier_survives_export(tuned, tmp_path):
