@@ -962,8 +962,10 @@ def fill(module, tensors, path):
     """Load tensors into a module. Raises UsageError, which names what does not fit."""
     try:
         module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UsageError(f"{path}: " + " ".join(str(error).split())) from None
+    except RuntimeError as error:  # a heading, and a line for each kind, or each tensor, of misfit
+        misfits = [" ".join(line.split())[:200] for line in str(error).splitlines()[1:]]
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise UsageError(f"{path}: " + " ".join(misfits[:3]) + more) from None
     return module
 
 
