@@ -8,13 +8,7 @@ labels and folds; `loading` reads their batches, and `spectrogram` makes of thos
 At the end stands what the command lines of all three programs share.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid imports leaves no traceback
-
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -25,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import typing
@@ -87,23 +82,18 @@ def load_audio(path, start=0.0, seconds=math.inf):
     if not os.path.isfile(path):  # a pipe would be waited for
         raise AudioError(path, "no such file")
     blocks = []
-    try:
-        with soundfile.SoundFile(_any_name(path)) as file:
-            rate = _checked_rate(path, file.samplerate)
-            file.seek(round(start * rate))
-            left = math.ceil(seconds * rate) if seconds < math.inf else file.frames
-            most = (1 << 22) // file.channels  # block by block: a header may claim any length
-            while left > 0:
-                block = file.read(min(left, most), dtype="float32", always_2d=True)
-                if not len(block):
-                    break
-                with np.errstate(all="ignore"):  # what is not finite is found below
-                    blocks.append(block.mean(axis=1))
-                left -= len(block)
-    except AudioError:
-        raise
-    except Exception as error:  # whatever is wrong with a file, it is this file's problem alone
-        raise AudioError(path, f"cannot be read as sound ({_short(error)})") from None
+    with _readable(path), soundfile.SoundFile(_any_name(path)) as file:
+        rate = _checked_rate(path, file.samplerate)
+        file.seek(round(start * rate))
+        left = math.ceil(seconds * rate) if seconds < math.inf else file.frames
+        most = (1 << 22) // file.channels  # block by block: a header may claim any length
+        while left > 0:
+            block = file.read(min(left, most), dtype="float32", always_2d=True)
+            if not len(block):
+                break
+            with np.errstate(all="ignore"):  # what is not finite is found below
+                blocks.append(block.mean(axis=1))
+            left -= len(block)
     if not blocks:
         raise AudioError(path, "holds no samples")
     waveform = torch.from_numpy(np.concatenate(blocks))
@@ -125,9 +115,16 @@ def _any_name(path):
     return path if os.name == "nt" else os.fsencode(path)
 
 
-def _short(error):
-    """soundfile's "Error opening 'path': reason" without the path."""
-    return str(error).rsplit(": ", 1)[-1].rstrip(".")
+@contextlib.contextmanager
+def _readable(path):
+    """Whatever is wrong with a file, it is an AudioError: this file's problem alone."""
+    try:
+        yield
+    except AudioError:
+        raise
+    except Exception as error:  # soundfile says "Error opening 'path': reason."
+        reason = str(error).rsplit(": ", 1)[-1].rstrip(".")
+        raise AudioError(path, f"cannot be read as sound ({reason})") from None
 
 
 @functools.lru_cache(maxsize=32)
@@ -223,16 +220,42 @@ class Batch(typing.NamedTuple):
 
 
 class Clips(Dataset):
-    """Clips of one length, by number. Children say how many there are, the `name` of one, and
-    `read` it: 1-D float32 or int16, 16 kHz."""
+    """Clips of `frames` frames, by number, out of a source of sound: all of it, where a long file
+    becomes several clips, the last of which ends with it; or the beginnings of some of its `files`.
 
-    packed = False  # whether reading is no more than copying
-    replace = True  # whether the next clip takes the place of one that cannot be used
-    remark = ""  # on the lengths of the files
+    A source (SoundFiles, Pack, Demo) has `lengths` in samples, 0 where a file cannot be read,
+    length(file), name(file), and read(file, start, count): 1-D float32 or int16, at 16 kHz."""
 
-    def __init__(self, frames):
-        self.frames, self.samples = frames, clip_samples(frames)
+    def __init__(self, source, frames, files=None):
+        self.source, self.frames, self.samples = source, frames, clip_samples(frames)
+        self.packed = source.packed
         self.skipped = {}  # what was left out so far: path -> reason
+        self.replace = files is None  # does the next clip take the place of one of no use?
+        if files is None:
+            pieces = np.ceil(source.lengths / self.samples).astype(np.int64)
+            self.file = np.repeat(np.arange(len(pieces), dtype=np.int32), pieces)
+            number = np.arange(len(self.file)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+            last = np.maximum(source.lengths - self.samples, 0)[self.file]
+            self.start = np.minimum(number * self.samples, last)
+            self.skipped |= source.skipped
+        else:
+            self.file, self.start = np.asarray(files), np.zeros(len(files), dtype=np.int64)
+
+    def __len__(self):
+        return len(self.file)
+
+    def name(self, number):
+        return self.source.name(self.file[number])
+
+    def usable(self, number):
+        """Clip `number`. Raises AudioError where there is nothing in it to learn from."""
+        waveform = self.source.read(self.file[number], self.start[number], self.samples)
+        if len(waveform) < WINDOW:
+            raise AudioError(self.name(number), "shorter than a window of 25 ms")
+        low, high = waveform.aminmax()
+        if self.replace and high.item() - low.item() < 2e-5:  # the release keeps silence
+            raise AudioError(self.name(number), "silent")
+        return waveform
 
     def __getitems__(self, numbers):
         """What the DataLoader calls for a batch. It is the smaller where nothing can be used."""
@@ -241,7 +264,7 @@ class Clips(Dataset):
             for candidate in range(number, number + (len(self) if self.replace else 1)):
                 candidate %= len(self)
                 try:
-                    rows.append(self.usable(candidate))
+                    rows.append(self.usable(candidate)[: self.samples])
                     used.append(candidate)
                     break
                 except AudioError as error:
@@ -254,85 +277,60 @@ class Clips(Dataset):
         lengths = torch.tensor([len(row) for row in rows])
         return Batch(waveforms, lengths, torch.tensor(used), skipped, len(numbers))
 
-    def usable(self, number):
-        """Clip `number`. Raises AudioError where there is nothing in it to learn from."""
-        waveform = self.read(number)[: self.samples]
-        if len(waveform) < WINDOW:
-            raise AudioError(self.name(number), "shorter than a window of 25 ms")
-        low, high = waveform.aminmax()
-        if self.replace and high.item() - low.item() < 2e-5:  # the release keeps silence
-            raise AudioError(self.name(number), "silent")
-        return waveform
-
-    def set_remark(self):
-        """Where most files are much shorter than a clip, say so."""
-        known = self.lengths[self.lengths > 0]
-        median = np.median(known) if len(known) else self.samples
-        if median < 0.6 * self.samples:
-            frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
-            self.remark = (f"; half of the files are no longer than {median / SAMPLE_RATE:.2f} s, "
-                           f"and what they leave of a clip is padding: try --frames {frames:.0f}")
+    def advice(self):
+        """A remark on the length of a clip, where most files are much shorter."""
+        files = np.unique(self.file)
+        some = map(self.source.length, files[:: max(1, len(files) // 100)])
+        known = [length for length in some if length]
+        median = np.median(known) if known else self.samples
+        if median >= 0.6 * self.samples:
+            return ""
+        frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
+        return (f"; half of the files are no longer than {median / SAMPLE_RATE:.2f} s, and what "
+                f"they leave of a clip is padding: try --frames {frames:.0f}")
 
 
-def cut(lengths, size):
-    """Files of some lengths cut into pieces of `size`, the last piece of a file ending with it, the
-    only one of a short file -> the file of each piece, and where in it the piece starts."""
-    pieces = np.ceil(lengths / size).astype(np.int64)
-    file = np.repeat(np.arange(len(lengths), dtype=np.int32), pieces)
-    start = (np.arange(len(file)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * size
-    return file, np.minimum(start, np.maximum(lengths - size, 0)[file])
+class SoundFiles:
+    """Sound files as a source of clips. Their lengths are what their headers say."""
 
+    packed = False  # whether reading is no more than copying
 
-class AudioFiles(Clips):
-    """All the sound in some files: one that is longer than a clip becomes several, the last one
-    ending with the file. Without `whole`, one clip a file, its beginning."""
-
-    def __init__(self, paths, frames, whole=True):
-        super().__init__(frames)
-        self.paths, self.file, self.start = paths, np.arange(len(paths)), np.zeros(len(paths))
+    def __init__(self, paths):
+        self.paths, self.skipped = paths, {}
         self.ends = {}  # of files that end before their headers say: from where on nothing is there
-        if not whole:  # the headers of a hundred tell enough
-            some = map(self._seconds, paths[:: max(1, len(paths) // 100)])
-            self.lengths = SAMPLE_RATE * np.array([x for x in some if not isinstance(x, str)])
-            self.set_remark()
-            return
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            lengths = list(tqdm(pool.map(self._seconds, paths), "reading headers", len(paths),
-                                disable=None, leave=False))
-        self.skipped = {p: x for p, x in zip(paths, lengths) if isinstance(x, str)}
-        self.paths = [path for path in paths if path not in self.skipped]
-        self.lengths = SAMPLE_RATE * np.array([x for x in lengths if not isinstance(x, str)])
-        self.file, self.start = cut(self.lengths, self.samples)
-        self.set_remark()
 
-    @staticmethod
-    def _seconds(path):
-        """Length from the header, or the reason why there is none."""
+    @functools.cached_property
+    def lengths(self):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = pool.map(self.length, range(len(self.paths)))
+            return np.array(list(tqdm(found, "reading headers", len(self.paths), disable=None,
+                                      leave=False)))
+
+    def length(self, file):
+        path = self.paths[file]
         try:
             if not os.path.isfile(path):
-                return "no such file"
-            info = soundfile.info(_any_name(path))
+                raise AudioError(path, "no such file")
+            with _readable(path):
+                info = soundfile.info(_any_name(path))
             _checked_rate(path, info.samplerate)
             if info.frames > 64 * os.path.getsize(path):  # samples a byte: a header that lies
-                return len(load_audio(path)) / SAMPLE_RATE
+                return len(load_audio(path))
+            if info.frames <= 0:
+                raise AudioError(path, "holds no samples")
+            return info.frames / info.samplerate * SAMPLE_RATE
         except AudioError as error:
-            return error.reason
-        except Exception as error:
-            return f"cannot be read as sound ({_short(error)})"
-        return info.frames / info.samplerate if info.frames > 0 else "holds no samples"
+            self.skipped[path] = error.reason
+            return 0
 
-    def __len__(self):
-        return len(self.file)
+    def name(self, file):
+        return self.paths[file]
 
-    def name(self, number):
-        return self.paths[self.file[number]]
-
-    def read(self, number):
-        file, start = self.file[number], self.start[number] / SAMPLE_RATE
+    def read(self, file, start, count):
         if start >= self.ends.get(file, math.inf):
             raise AudioError(self.paths[file], "ends before its header says")
         try:
-            return load_audio(self.paths[file], start, self.samples / SAMPLE_RATE)
+            return load_audio(self.paths[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
         except AudioError as error:
             # A header may claim hours: after the first clip that is not there, no more is sought.
             if start and "not finite" not in error.reason:
@@ -384,9 +382,8 @@ def read_lines(path):
 def open_clips(path, frames, seed=0):
     """`path` ("demo", a pack, or as in `find_audio`) -> Clips of `frames` frames."""
     if path == "demo":
-        return Demo(frames, seed)
-    packed = is_pack(path)
-    clips = PackedClips(Pack(path), frames) if packed else AudioFiles(find_audio(path), frames)
+        return Clips(Demo(frames, seed), frames)
+    clips = Clips(Pack(path) if is_pack(path) else SoundFiles(find_audio(path)), frames)
     if not len(clips):
         reasons = describe_skipped(clips.skipped)
         raise AudioError(path, f"none of its files can be used; {reasons}")
@@ -527,7 +524,9 @@ class _Decoded(Dataset):
 
 
 class Pack:
-    """An open pack: `lengths` in samples, name(k) and read(k) of its files."""
+    """An open pack, a source of clips."""
+
+    packed = True
 
     def __init__(self, path):
         self.path = path
@@ -558,46 +557,22 @@ class Pack:
             raise AudioError(self.path, f"{part}: ends before the index does")
         return found
 
-    def name(self, number):
+    def length(self, file):
+        return self.lengths[file]
+
+    def name(self, file):
         """The file's path as it was when packed."""
-        start = self.name_ends[number - 1] if number else 0
-        name = self._read("names", np.uint8, start, self.name_ends[number])
+        start = self.name_ends[file - 1] if file else 0
+        name = self._read("names", np.uint8, start, self.name_ends[file])
         return os.path.join(self.about["root"], os.fsdecode(name.tobytes()))
 
-    def read(self, number, start=0, count=None):
-        """Samples of a file from `start` on -> int16, or float32 where its unit is another."""
-        first, end = self.ends[number] - self.lengths[number] + start, self.ends[number]
-        end = min(end, first + count) if count else end
-        samples = torch.from_numpy(self._read("samples", "<i2", first, end))
-        unit = self.units[number].item()
+    def read(self, file, start, count):
+        """int16, or float32 where the file's unit is another than 1 / 32768."""
+        first = self.ends[file] - self.lengths[file] + start
+        last = min(self.ends[file], first + count)
+        samples = torch.from_numpy(self._read("samples", "<i2", first, last))
+        unit = self.units[file].item()
         return samples if unit == 1 / 32768 else samples * unit
-
-
-class PackedClips(Clips):
-    """All the sound in a pack, cut as AudioFiles cuts it; or one clip each of some `files`."""
-
-    packed = True
-
-    def __init__(self, pack, frames, files=None):
-        super().__init__(frames)
-        self.pack = pack
-        if files is not None:
-            self.file, self.start = np.asarray(files), np.zeros(len(files), dtype=np.int64)
-            self.lengths = pack.lengths[self.file]
-            self.set_remark()
-            return
-        self.lengths, self.skipped = pack.lengths, dict(pack.skipped)
-        self.file, self.start = cut(self.lengths, self.samples)
-        self.set_remark()
-
-    def __len__(self):
-        return len(self.file)
-
-    def name(self, number):
-        return self.pack.name(self.file[number])
-
-    def read(self, number):
-        return self.pack.read(self.file[number], self.start[number], self.samples)
 
 
 # ---- Demo: sound events made on the fly ----------------------------------------------------------
@@ -613,26 +588,28 @@ SHAPES = {
 SPEEDS = {"slow": 1.2, "medium": 3.5, "fast": 10.0}  # cycles a second
 
 
-class Demo(Clips):
-    """Labelled sound events made from a seed: pitch, span, timbre, level, position and background
-    vary; a clip's class is how its pitch moves. The labels are for evaluation only."""
+class Demo:
+    """Labelled sound events made from a seed, a source of clips: pitch, span, timbre, level,
+    position and background vary; a clip's class is how its pitch moves. The labels are for
+    evaluation only."""
 
+    packed, skipped = False, {}
     classes = [f"{speed} {shape}" for speed in SPEEDS for shape in SHAPES]
 
     def __init__(self, frames, seed=0, size=4000, held_out=False):
-        super().__init__(frames)
-        self.stream, self.size = (seed, int(held_out)), size
+        self.stream, self.samples = (seed, int(held_out)), clip_samples(frames)
+        self.lengths = np.full(size, self.samples)
         self.labels = np.arange(size) % len(self.classes)
 
-    def __len__(self):
-        return self.size
+    def length(self, file):
+        return self.samples
 
-    def name(self, number):
-        return f"demo clip {number}"
+    def name(self, file):
+        return f"demo clip {file}"
 
-    def read(self, number):
-        rng = np.random.default_rng((*self.stream, number))
-        speed, shape = self.classes[self.labels[number]].split()
+    def read(self, file, *_):
+        rng = np.random.default_rng((*self.stream, file))
+        speed, shape = self.classes[self.labels[file]].split()
         length = int(self.samples * rng.uniform(0.8, 0.95))
         t = np.arange(length) / SAMPLE_RATE  # seconds
         cycles = t * SPEEDS[speed] * rng.uniform(0.85, 1.15) + rng.uniform()
@@ -679,16 +656,17 @@ class Labelled:
                              + describe_skipped(self.clips.skipped))
         return train, test
 
-    def check_test_clips(self, fold):
-        """Raise UsageError where no clip to test on can be read: better before than after."""
-        for number in self.folds[fold][1].tolist():
-            try:
-                self.clips.usable(number)
-                return
-            except AudioError as error:
-                self.clips.skipped[error.path] = error.reason
-        raise UsageError(f"{fold}: no clip to test on can be read; "
-                         + describe_skipped(self.clips.skipped))
+    def check_clips(self, fold):
+        """Raise UsageError where no clip to train on, or none to test on, can be read."""
+        for numbers in self.folds[fold]:
+            for number in numbers.tolist():
+                batch = self.clips.__getitems__([number])
+                self.clips.skipped |= batch.skipped
+                if len(batch.numbers):
+                    break
+            else:
+                raise UsageError(f"{fold}: no clip to train on, or none to test on, can be read; "
+                                 + describe_skipped(self.clips.skipped))
 
     def targets(self, numbers):
         """-> (clips, classes), 1 where a clip has a class."""
@@ -698,25 +676,23 @@ class Labelled:
         return targets
 
     def __str__(self):
-        sizes = [f"{len(train)} clips to train and {len(test)} to test on"
-                 for train, test in self.folds.values()]
-        first, others = next(iter(self.folds)), ""
-        if len(sizes) > 1:
-            others = f", one of {len(sizes)} folds"
-        classes = f"{self.kind}: {len(self.clips)} clips, {len(self.classes)} classes"
-        return f"{classes}; {first}{others}: {sizes[0]}"
+        first, (train, test) = next(iter(self.folds.items()))
+        return (f"{self.kind}: {len(self.clips)} clips, {len(self.classes)} classes; "
+                f"{len(self.folds)} fold(s), of which {first} has {len(train)} clips to train and "
+                f"{len(test)} to test on")
 
 
 def open_labelled(path, frames, esc10=False, seed=0):
     """A labelled data set, known by what lies in its folder -> Labelled. Raises AudioError."""
     if path == "demo":
-        clips = Demo(frames, seed, size=1200, held_out=True)
-        tested = torch.from_numpy(stratified_fifth(clips.labels, seed))
+        demo = Demo(frames, seed, size=1200, held_out=True)
+        tested = torch.from_numpy(stratified_fifth(demo.labels, seed))
         folds = {"held-out fifth": ((~tested).nonzero().flatten(), tested.nonzero().flatten())}
-        return Labelled("demo", clips, [(k,) for k in clips.labels.tolist()], clips.classes, folds)
-    packed = Pack(path) if is_pack(path) else None
-    if packed:  # the labels are where the sound was packed from
-        path = packed.about["source"]
+        labels = [(label,) for label in demo.labels.tolist()]
+        return Labelled("demo", Clips(demo, frames), labels, demo.classes, folds)
+    source = Pack(path) if is_pack(path) else None
+    if source:  # the labels are where the sound was packed from
+        path = source.about["source"]
     if not os.path.isdir(path):
         raise AudioError(path, "no such folder; expected a labelled data set, a pack of one, or "
                                "'demo'")
@@ -735,31 +711,30 @@ def open_labelled(path, frames, esc10=False, seed=0):
     except (LookupError, TypeError, ValueError, csv.Error) as error:
         raise AudioError(path, f"the files that list its labels ({', '.join(signs)}) are not in "
                                f"their form: {error!r}") from None
-    there = {os.path.abspath(packed.name(k)): k for k in np.flatnonzero(packed.lengths)} if packed \
-        else {os.path.abspath(name): name for name, _, _ in rows if os.path.isfile(name)}
-    keep = [k for k, row in enumerate(rows) if os.path.abspath(row[0]) in there]
-    missing = sorted({name for name, _, _ in rows if os.path.abspath(name) not in there})
+    names = [os.path.abspath(name) for name, _, _ in rows]
+    if source:
+        file_of = {os.path.abspath(source.name(k)): k for k in np.flatnonzero(source.lengths)}
+    else:
+        source = SoundFiles(list(filter(os.path.isfile, dict.fromkeys(names))))
+        file_of = {name: k for k, name in enumerate(source.paths)}
+    keep = [k for k, name in enumerate(names) if name in file_of]
+    missing = sorted(set(names) - file_of.keys())
     notes = []
     if missing:
         notes.append(f"{len(missing)} labels have no clip: {describe_few(missing)}")
-    if kind.startswith("ESC"):
-        stray = sorted(set(find_audio(path)) - {name for name, _, _ in rows} if not esc10 else [])
-        if stray:
-            notes.append(f"{len(stray)} clips have no label: {describe_few(stray)}")
-        absent = sorted({1, 2, 3, 4, 5} - {rows[k][2] for k in keep})
-        if absent:
-            notes.append(f"no clips of fold {', '.join(map(str, absent))}: not five folds")
+    places = np.array([rows[k][2] for k in keep])
+    absent = sorted({1, 2, 3, 4, 5} - set(places.tolist())) if kind.startswith("ESC") else []
+    if absent:
+        notes.append(f"no clips of fold {', '.join(map(str, absent))}: not five folds")
     if not folds:
         raise AudioError(path, f"{kind} with one fold or none: nothing to test on")
-    places = np.array([rows[k][2] for k in keep])
     numbers = {}
     for fold, parts in folds.items():
         numbers[fold] = tuple(torch.from_numpy(np.flatnonzero(np.isin(places, list(part))))
                               for part in parts)
         if not all(map(len, numbers[fold])):
             raise AudioError(path, f"{kind}: no clips to train on, or none to test on ({fold})")
-    found = [there[os.path.abspath(rows[k][0])] for k in keep]
-    clips = PackedClips(packed, frames, found) if packed else AudioFiles(found, frames, whole=False)
+    clips = Clips(source, frames, [file_of[names[k]] for k in keep])
     weights = weights[0][keep] if weights else None
     return Labelled(kind, clips, [rows[k][1] for k in keep], classes, numbers, notes, weights)
 
@@ -924,8 +899,6 @@ def run(program, job):
     """A program's job -> exit status: 2 and one line for what the user can mend, 1 and one line for
     a run that has gone wrong."""
     if "pytest" not in sys.modules:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see the top of each program
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name) or open(os.devnull, "w")
             stream.reconfigure(errors="backslashreplace")  # names need not be in its encoding

@@ -14,11 +14,6 @@ Letters in the shape comments:
     H x W = N patches (H along time, W along frequency)    K visible patches of each clone
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid imports leaves no traceback
-
 import collections
 import contextlib
 import copy
@@ -29,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -443,14 +439,13 @@ class Recipe:
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
     steps: int = option(400_000, "optimizer updates; unless given, 20 passes over the data, but "
                         "at least 5,000 updates, and at most the release's")
-    epochs: float = option(None, "instead of --steps: passes over the data", least=1e-9)
     hours: float = option(None, "instead of --steps: hours on this machine, by a trial of 30 steps",
                           least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
     accumulate: int = option(1, "parts that a batch is split into, for less memory")
     lr: float = option(5e-4, "peak learning rate")
-    warmup_steps: int = option(53_333, "linear warm-up; unless given, the same share of --steps",
-                               least=0)
+    warmup_steps: int = option(None, "linear warm-up; default: the release's share of --steps, "
+                               "53,333 of 400,000", least=0)
     weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
     beta1: float = option(0.9, "Adam's decay of the mean gradient", most=0.9999)
     beta2: float = option(0.95, "Adam's decay of the mean squared gradient", most=0.9999)
@@ -458,8 +453,8 @@ class Recipe:
     grad_clip: float = option(4.0, "largest norm of the gradient")
     ema_decay: float = option(0.9998, "the teacher's decay tau at the start", most=1)
     ema_end_decay: float = option(0.99999, "the teacher's decay tau after annealing", most=1)
-    ema_anneal_steps: int = option(100_000, "updates from one to the other; unless given, the "
-                                   "same share of --steps", least=0)
+    ema_anneal_steps: int = option(None, "updates from one to the other; default: the release's "
+                                   "share of --steps, 100,000 of 400,000", least=0)
     collapse_std: float = option(0.01, "stop when targets or predictions vary less than this; ours")
     stats: str = option("audioset", "mean and deviation to normalise with: a data set's, or "
                         "measured on --data", choices=(*STATS, "measure"))
@@ -470,13 +465,12 @@ class Recipe:
                         "before and after; the demo brings its own")
     probe_every: int = option(None, "and after every so many steps")
 
-    __post_init__ = check_numbers
-
-    def of_length(self, steps):
-        """The recipe for another number of steps: warm-up and annealing keep their shares."""
-        share = steps / self.steps
-        return dataclasses.replace(self, steps=steps, warmup_steps=round(self.warmup_steps * share),
-                                   ema_anneal_steps=round(self.ema_anneal_steps * share))
+    def __post_init__(self):
+        check_numbers(self)
+        if self.warmup_steps is None:
+            self.warmup_steps = round(self.steps * 53_333 / 400_000)
+        if self.ema_anneal_steps is None:
+            self.ema_anneal_steps = round(self.steps * 100_000 / 400_000)
 
     def learning_rate(self, update):
         """Of update 1, 2, ...: linear warm-up from 0, then one cosine to 0 at the last."""
@@ -497,7 +491,7 @@ class Recipe:
 SHORT = dict(ema_decay=0.9995, ema_end_decay=0.9995, stats="measure")
 RECIPES = {
     "tiny": {**SHORT, "batch_size": 16, "lr": 1e-3},
-    "demo": {**SHORT, "batch_size": 8, "lr": 3e-3, "ema_decay": 0.998},
+    "demo": {**SHORT, "batch_size": 8, "lr": 3e-3, "ema_decay": 0.998, "steps": 600},
 }
 
 
@@ -536,7 +530,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
     recent = []
     log = Log(recipe.out, step, recipe.steps, machine, clips)
     if labelled and not resumed and machine.rank == 0:
-        log.append({"step": 0, **probe(model.student, labelled, machine)})
+        log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
         state = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
@@ -594,7 +588,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
                     save()
             if labelled and machine.rank == 0:
                 if finished or step % (recipe.probe_every or recipe.steps) == 0:
-                    log.append({"step": step, **probe(model.student, labelled, machine)})
+                    log.probed(step, probe(model.student, labelled, machine))
     return stop if step < recipe.steps else 0
 
 
@@ -731,6 +725,12 @@ class Machine:
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
 
+    def __str__(self):
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+        return (f"{name}, {str(self.dtype).removeprefix('torch.')}, "
+                f"{'' if self.compile else 'not '}compiled, {self.world} process(es)")
+
     def autocast(self):
         """Mixed precision: matrix products and convolutions in `dtype`, weights in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -824,12 +824,18 @@ class Log:
         new = dict(list(self.clips.skipped.items())[self.named :])
         if new:
             self.named += len(new)
-            self.warn(f"skipped {self.named} so far; new: {describe_skipped(new)}")
+            self.say(f"skipped {self.named} so far; new: {describe_skipped(new)}")
         if line["not_finite"]:
-            self.warn(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
-                      "steps were not finite, and changed nothing")
+            self.say(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
+                     "steps were not finite, and changed nothing")
         self.step, self.since = step, time.monotonic()
         return line
+
+    def probed(self, step, found):
+        """A line with what the probe found, which goes to standard output too."""
+        self.append({"step": step, **found})
+        said = ", ".join(f"{k[4:].replace('_', ' ')} {value:.1%}" for k, value in found.items())
+        self.say(f"step {step:7,}: nearest neighbours find {said}", sys.stdout)
 
     def append(self, line):
         """A full disk or a deleted folder costs lines, not the run."""
@@ -839,10 +845,10 @@ class Log:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                self.warn(f"{self.path}: {error.strerror}; line {line['step']} is lost")
+                self.say(f"{self.path}: {error.strerror}; line {line['step']} is lost")
 
-    def warn(self, text):
-        self.bar.write(text, file=sys.stderr)
+    def say(self, text, where=None):
+        self.bar.write(text, file=where or sys.stderr)
 
 
 def check_health(line, bad_in_a_row, recipe, machine):
@@ -1200,16 +1206,13 @@ def plot(out):
     return save_picture(figure, os.path.join(out, "log.png"))
 
 
-class RandomSound(Clips):
-    """For the benchmark: sound that is read in no time."""
+class RandomSound:
+    """For the benchmark: a source of clips that are read in no time."""
 
-    packed = True
+    packed, skipped, lengths = True, {}, np.full(1000, 2**30)
 
-    def __len__(self):
-        return 10**6
-
-    def read(self, number):
-        return torch.rand(self.samples)
+    def read(self, file, start, count):
+        return torch.rand(count)
 
 
 def bench(config, recipe, machine):
@@ -1228,23 +1231,19 @@ def bench(config, recipe, machine):
         EAT(config)(torch.randn(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
     rates = [product_rate() for _ in range(15)][5:]
+    clips = Clips(RandomSound(), config.frames, np.zeros(10**6, int))
     with tempfile.TemporaryDirectory() as out:
         every = max(1, recipe.steps // 5)
-        recipe = dataclasses.replace(recipe, out=out, log_every=every, save_every=10**9)
-        train(config, recipe, RandomSound(config.frames), machine)
+        train(config, dataclasses.replace(recipe, out=out, log_every=every), clips, machine)
         lines = read_log(os.path.join(out, "log.jsonl"))[-4:]  # the first has compiling in it
-    rates += [product_rate() for _ in range(10)]
-    rate, taken = np.median(rates), 1 / np.median([line["steps_per_second"] for line in lines])
-    device, memory = f"cpu, {torch.get_num_threads()} threads", None
+    rate = np.median(rates + [product_rate() for _ in range(10)])
+    taken = 1 / np.median([line["steps_per_second"] for line in lines])
+    found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,
+             "clips_per_second": recipe.batch_size / taken, "step_tflops": flops / taken / 1e12,
+             "matrix_tflops": rate / 1e12, "share_of_matrix_rate": flops / taken / rate}
     if machine.device.type == "cuda":
-        device, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**30
-    print(json.dumps({
-        "device": device, "torch": torch.__version__, "compiled": machine.compile,
-        "precision": str(machine.dtype).removeprefix("torch."), "dim": config.dim,
-        "depth": config.depth, "frames": config.frames, "clones": config.clones,
-        "batch_size": recipe.batch_size, "matrix_tflops": rate / 1e12, "seconds_per_step": taken,
-        "clips_per_second": recipe.batch_size / taken, "step_tflops": flops / taken / 1e12,
-        "share_of_matrix_rate": flops / taken / rate, "peak_memory_gib": memory}, indent=1))
+        found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps(found, indent=1))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1289,8 +1288,8 @@ def choose_preset(given, machine):
     return ("base" if memory > 20 else "small"), f"on a card of {memory:.0f} GiB"
 
 
-def choose_steps(config, recipe, preset, clips, machine):
-    """How long to train, unless --steps says."""
+def choose_steps(recipe, config, clips, machine):
+    """How long to train, where neither --steps nor the preset says."""
     if recipe.hours:
         with tempfile.TemporaryDirectory() as out:
             trial = dataclasses.replace(recipe, steps=30, out=out, log_every=10)
@@ -1299,10 +1298,6 @@ def choose_steps(config, recipe, preset, clips, machine):
             log = os.path.join(out, "log.jsonl")
             rate = read_log(log)[-1]["steps_per_second"] if machine.rank == 0 else 0.0
         return max(1, int(recipe.hours * 3600 * machine.reduce(rate, "MAX")))
-    if recipe.epochs:
-        return math.ceil(recipe.epochs * len(clips) / recipe.batch_size)
-    if preset == "demo":
-        return 600
     # 20 passes over the data, as many as the authors gave their large model, but no fewer than
     # 5,000 steps, which a teacher needs to get ahead of random weights; and no more than the
     # release's 400,000, which are 10 passes over AudioSet-2M.
@@ -1318,12 +1313,11 @@ def settle(given, machine):
     sizes = read_checkpoint(given["init"])["config"] if "init" in given else PRESETS[preset]
     config = settings(EATConfig, sizes, given)
     clips = open_clips(given["data"], config.frames, given.get("seed", Recipe.seed))
-    lengths = {name: given[name] for name in ("steps", "warmup_steps", "ema_anneal_steps")
-               if name in given}
-    others = {name: value for name, value in given.items() if name not in lengths}
-    recipe = settings(Recipe, RECIPES.get(preset, {}), others)
+    values = {**RECIPES.get(preset, {}), **given, "preset": preset}
+    recipe = settings(Recipe, values)
     if len(clips) < recipe.batch_size and "batch_size" not in given:
-        recipe.batch_size = max(1, len(clips) // machine.world) * machine.world
+        values["batch_size"] = max(1, len(clips) // machine.world) * machine.world
+        recipe = settings(Recipe, values)
     parts = machine.world * recipe.accumulate
     if recipe.batch_size % parts or recipe.batch_size > len(clips):
         raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of {parts} "
@@ -1334,11 +1328,11 @@ def settle(given, machine):
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
     if preset == "demo" and "compile" not in given:
         machine.compile = False  # its 600 steps are shorter than compiling them
-    steps = given.get("steps") or choose_steps(config, recipe, preset, clips, machine)
-    recipe = dataclasses.replace(recipe.of_length(steps), preset=preset, **lengths)
+    if "steps" not in given and (recipe.hours or "steps" not in values):
+        values["steps"] = choose_steps(recipe, config, clips, machine)
     if machine.rank == 0:
         print(f"preset   {preset}, {why}; another: --preset " + ", ".join(PRESETS))
-    return config, recipe, clips
+    return config, settings(Recipe, values), clips
 
 
 def go_on(given, machine):
@@ -1348,48 +1342,37 @@ def go_on(given, machine):
         raise UsageError(f"{given['out']}: not a run of eat.py")
     recipe, config = resume(Recipe, state, given, given["out"]), EATConfig(**state["config"])
     clips = open_clips(recipe.data, config.frames, recipe.seed)
-    if state["clips"] != len(clips):
-        print(f"warning  the run began with {state['clips']:,} clips, and now has {len(clips):,}: "
-              "their order changes from here on", file=sys.stderr)
+    for name, now in (("clips", len(clips)), ("processes", machine.world)):
+        if state[name] != now and machine.rank == 0:
+            print(f"warning  the run began with {state[name]:,} {name}, and now has {now:,}: from "
+                  "here on it is another than it would have been", file=sys.stderr)
     return config, recipe, clips, state
 
 
-def describe(config, recipe, clips, machine, labelled, resumed):
+def describe(config, recipe, clips, machine):
     """The run in a few lines, with every number that was derived."""
     encoder, decoder = (sum(p.numel() for p in part(config).parameters()) / 1e6
                         for part in (Encoder, Decoder))
-    same = ", the very sound it is trained on" if recipe.probe == recipe.data != "demo" else ""
-    skipped = f"{len(clips.skipped)}: {describe_skipped(clips.skipped)}"
-    yield (f"data     {recipe.data}: {len(clips):,} clips of {config.frames / 100:.2f} s; mean "
-           f"{config.mean}, deviation {config.std}{clips.remark}")
-    yield (f"model    encoder {encoder:.1f} M parameters, decoder {decoder:.1f} M; "
-           f"{config.visible} of {config.patches} patches visible in {config.clones} clones each")
-    yield (f"recipe   {recipe.steps:,} steps x {recipe.batch_size} clips = "
-           f"{recipe.steps * recipe.batch_size / len(clips):.1f} passes over the data; learning "
-           f"rate {recipe.lr:.3g} after {recipe.warmup_steps:,} steps; teacher's decay "
-           f"{recipe.ema_decay} to {recipe.ema_end_decay}; seed {recipe.seed}")
-    yield (f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, "
-           f"{'' if machine.compile else 'not '}compiled, {machine.world} process(es)")
-    if labelled:
-        yield f"probe    {labelled}{same}"
+    passes = recipe.steps * recipe.batch_size / len(clips)
+    print(f"data     {recipe.data}: {len(clips):,} clips of {config.frames / 100:.2f} s; mean "
+          f"{config.mean}, deviation {config.std}{clips.advice()}")
     if clips.skipped:
-        yield f"skipped  {skipped}"
-    if resumed:
-        yield f"resumed  at step {resumed['step']:,}"
-        if resumed["processes"] != machine.world:
-            yield (f"note     {resumed['processes']} processes before, {machine.world} now: the "
-                   "same batches, but other masks and noise")
-    elif recipe.resume:
-        yield f"resumed  nothing: {recipe.out} holds no checkpoint"
+        print(f"skipped  {len(clips.skipped)}: {describe_skipped(clips.skipped)}")
+    print(f"model    encoder {encoder:.1f} M parameters, decoder {decoder:.1f} M; "
+          f"{config.visible} of {config.patches} patches visible in {config.clones} clones each")
+    print(f"recipe   {recipe.steps:,} steps x {recipe.batch_size} clips = {passes:.1f} passes over "
+          f"the data; learning rate {recipe.lr:.3g} after {recipe.warmup_steps:,} steps; teacher's "
+          f"decay {recipe.ema_decay} to {recipe.ema_end_decay}; seed {recipe.seed}")
+    print(f"machine  {machine}", flush=True)
 
 
 def pretrain(given):
     """The main job -> exit status."""
-    machine = settings(Machine, given)
+    machine, resumed = settings(Machine, given), None
     demo = given.get("data") == "demo"
     given = {**({"out": "out-demo", "probe": "demo"} if demo else {"out": Recipe.out}), **given}
     if not find_checkpoints(given["out"]):
-        config, recipe, clips, resumed = *settle(given, machine), None
+        config, recipe, clips = settle(given, machine)
     elif given.get("resume"):
         config, recipe, clips, resumed = go_on(given, machine)
     else:
@@ -1403,29 +1386,26 @@ def pretrain(given):
     make_folder(recipe.out)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
-            for line in describe(config, recipe, clips, machine, labelled, resumed):
-                print(line, flush=True)
+            describe(config, recipe, clips, machine)
+            if labelled:
+                same = recipe.probe == recipe.data != "demo"
+                print(f"probe    {labelled}; chance {1 / len(labelled.classes):.0%}"
+                      + ", the very sound it is trained on" * same)
+            if recipe.resume:
+                print(f"resumed  at step {resumed['step'] if resumed else 0:,}", flush=True)
         stopped = train(config, recipe, clips, machine, resumed, labelled)
     if machine.world > 1:
         torch.distributed.destroy_process_group()
     path = os.path.join(recipe.out, "last.pt")
-    if machine.rank:
-        return 128 + stopped if stopped else 0
-    if stopped:
+    if machine.rank == 0 and stopped:
         name = signal.Signals(stopped).name
         print(f"stopped by {name}; the same command with --resume goes on from {path}")
-        return 128 + stopped
-    if labelled:
-        print(f"accuracy of nearest neighbours (chance {1 / len(labelled.classes):.0%}):")
-        for line in read_log(os.path.join(recipe.out, "log.jsonl")):
-            found = [f"{k[4:]} {v:.1%}" for k, v in line.items() if k.startswith("knn_")]
-            if found:
-                print(f"    step {line['step']:7,}  " + ", ".join(found).replace("_", " "))
-    print(f"the encoder is in {path}; what now?\n"
-          f"    python finetune.py --data LABELLED --mode linear --checkpoint {path}\n"
-          f"    python finetune.py look CLIP --checkpoint {path}\n"
-          f"    python eat.py plot {recipe.out}")
-    return 0
+    elif machine.rank == 0:
+        print(f"the encoder is in {path}; what now?\n"
+              f"    python finetune.py --data LABELLED --mode linear --checkpoint {path}\n"
+              f"    python finetune.py look CLIP --checkpoint {path}\n"
+              f"    python eat.py plot {recipe.out}")
+    return 128 + stopped if stopped else 0
 
 
 def main(argv=None):

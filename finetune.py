@@ -10,11 +10,6 @@
 The recipes are the release's. Without --checkpoint the encoder has random weights: the baseline.
 """
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C amid imports leaves no traceback
-
 import collections
 import contextlib
 import csv
@@ -236,27 +231,29 @@ def average_precision(scores, targets):
     return result
 
 
+def metric(scores, targets, multi_label):
+    """Accuracy; or of clips with several labels the mAP, the mean over classes with positives."""
+    if multi_label:
+        return float(np.nanmean(average_precision(scores, targets)))
+    return (scores.argmax(1) == targets.argmax(1)).float().mean().item()
+
+
 def evaluate(scores, targets, classes, multi_label):
-    """-> {"metric", "value", "per_class", "confusion" (one label a clip), "note"}. mAP is the mean
-    over the classes with positives."""
+    """-> {"metric", "value", "per_class", "note", and of one label a clip "confusion"}."""
+    result = {"metric": "mAP" if multi_label else "accuracy",
+              "value": metric(scores, targets, multi_label)}
     if multi_label:
         each = average_precision(scores, targets)
-        empty = [name for name, value in zip(classes, each) if np.isnan(value)]
-        note = f"{len(empty)} classes have no positive and are left out: {describe_few(empty)}"
-        return {
-            "metric": "mAP", "value": float(np.nanmean(each)), "note": note if empty else "",
-            "per_class": {name: None if math.isnan(x) else x
-                          for name, x in zip(classes, each.tolist())},
-        }
-    predicted, label = scores.argmax(1), targets.argmax(1)
-    confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)
-    confusion.index_put_((label, predicted), torch.tensor(1), accumulate=True)  # rows: what it is
-    each = (confusion.diag() / confusion.sum(1)).tolist()
-    return {
-        "metric": "accuracy", "value": (predicted == label).float().mean().item(), "note": "",
-        "per_class": {name: None if math.isnan(x) else x for name, x in zip(classes, each)},
-        "confusion": confusion.tolist(),
-    }
+    else:
+        confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)  # rows: what it is
+        confusion.index_put_((targets.argmax(1), scores.argmax(1)), torch.tensor(1),
+                             accumulate=True)
+        each = confusion.diag() / confusion.sum(1)
+        result["confusion"] = confusion.tolist()
+    each = {name: None if math.isnan(x) else x for name, x in zip(classes, each.tolist())}
+    empty = [name for name, value in each.items() if value is None]
+    note = f"{len(empty)} classes have no clip to test on and are left out: {describe_few(empty)}"
+    return {**result, "per_class": each, "note": note if empty else ""}
 
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------
@@ -306,10 +303,11 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
             rng = np.random.default_rng((recipe.seed, number, step))
             for _ in range(recipe.accumulate):
                 batch = next(batches)
+                while not len(batch.numbers):  # a small one may be of broken clips alone
+                    data.clips.skipped |= batch.skipped
+                    data.check_clips(fold)
+                    batch = next(batches)
                 data.clips.skipped |= batch.skipped
-                if not len(batch.numbers):
-                    raise UsageError(f"{recipe.data}: no clip of a batch can be read; "
-                                     + describe_skipped(batch.skipped))
                 waveforms = batch.waveforms.to(device, non_blocking=True)
                 lengths = batch.lengths.to(device, non_blocking=True)
                 targets = data.targets(batch.numbers.tolist()).to(device, non_blocking=True)
@@ -353,7 +351,7 @@ def fine_tune(data, start, config, recipe, machine, digest, resumed):
         for fold in folds:
             if fold in done:
                 continue
-            data.check_test_clips(fold)
+            data.check_clips(fold)
             torch.manual_seed(seed_of(recipe.seed))
             encoder = Encoder(config)
             if start is not None:
@@ -435,9 +433,7 @@ def linear_scores(bank, targets, queries, l2, multi_label, seed=0):
         held = torch.from_numpy(np.random.default_rng(seed).permutation(len(bank)) % 4 == 0)
         trial, found = LinearProbe(bank[~held], targets[~held], multi_label), {}
         for l2 in (1.0, 10.0, 100.0, 1000.0):
-            scores = trial.fit(l2).scores(bank[held])
-            classes = [str(k) for k in range(targets.shape[1])]
-            found[l2] = evaluate(scores, targets[held], classes, multi_label)["value"]
+            found[l2] = metric(trial.fit(l2).scores(bank[held]), targets[held], multi_label)
         l2 = max(found, key=found.get)
     return LinearProbe(bank, targets, multi_label).fit(l2).scores(queries), l2
 
@@ -509,7 +505,7 @@ def shots(data, encoder, config, recipe, machine):
                     few = torch.from_numpy(np.concatenate(few))
                     scores, _ = linear_scores(x[few], targets[few], x[held],
                                               10.0 if recipe.l2 is None else recipe.l2, False)
-                    found.append((scores.argmax(1) == label[held]).float().mean().item())
+                    found.append(metric(scores, targets[held], False))
             results[kind][count] = found
             print(f"{count} clips a class, {kind}: {100 * np.mean(found):.1f} %", flush=True)
     from matplotlib.figure import Figure
@@ -579,19 +575,19 @@ def open_windows(path, frames, every=None):
     if path == "demo":
         raise UsageError("demo: has no files; expected sound")
     clips = open_clips(path, frames)
-    clips.replace = False
+    clips.replace, lengths = False, clips.source.lengths
     hop = every * SAMPLE_RATE if every else frames * SHIFT
     least = 1 if every else WINDOW  # samples that a window must have
-    counts = np.maximum(1, np.floor((clips.lengths - least) / hop) + 1).astype(int)
-    counts[clips.lengths == 0] = 0  # what a pack could not read
+    counts = np.maximum(1, np.floor((lengths - least) / hop) + 1).astype(int)
+    counts[lengths == 0] = 0  # what could not be read
     clips.file = np.repeat(np.arange(len(counts)), counts)
     k = np.concatenate([np.arange(count) for count in counts])
-    clips.start = k * hop
-    if every:
-        last = np.maximum(clips.lengths[clips.file] - clips.samples, 0)
-        clips.start = np.clip((k + 0.5) * hop - clips.samples / 2, 0, last)
     clips.begins = k * hop / SAMPLE_RATE  # seconds
-    clips.start = clips.start.astype(np.int64)
+    if every:
+        last = np.maximum(lengths[clips.file] - clips.samples, 0)
+        clips.start = np.clip((k + 0.5) * hop - clips.samples / 2, 0, last).astype(np.int64)
+    else:
+        clips.start = (k * hop).astype(np.int64)
     return clips
 
 
@@ -609,11 +605,11 @@ def read_files(model, config, path, machine, read, every=None):
         names = describe_skipped(clips.skipped)
         print(f"skipped {len(clips.skipped)}: {names}", file=sys.stderr)
     used = used.numpy()
-    files = clips.file[used]
-    held = np.minimum(clips.lengths[files] - clips.start[used], clips.samples).astype(int)
+    files, lengths = clips.file[used], clips.source.lengths
+    held = np.minimum(lengths[files] - clips.start[used], clips.samples).astype(int)
     edges = np.flatnonzero(np.diff(files)) + 1  # between the windows of one file and the next
     for mine in np.split(np.arange(len(used)), edges):
-        yield (clips.name(used[mine[0]]), clips.lengths[files[mine[0]]] / SAMPLE_RATE,
+        yield (clips.name(used[mine[0]]), lengths[files[mine[0]]] / SAMPLE_RATE,
                {name: x[mine].numpy() for name, x in found.items()}, clips.begins[used[mine]],
                held[mine])
 
@@ -914,7 +910,7 @@ def train_or_probe(given):
     print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
     print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
-          f"{config.std}{data.clips.remark}", flush=True)
+          f"{config.std}{data.clips.advice()}", flush=True)
     with lock(recipe.out):
         if recipe.mode == "finetune":
             print(f"recipe   {recipe.recipe or 'as esc50'}: {recipe.steps:,} steps x "
