@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
-import errno
 import functools
 import itertools
 import json
@@ -21,7 +20,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import typing
 from fractions import Fraction
 
@@ -71,7 +69,6 @@ def describe_few(names, most=3):
 def describe_skipped(skipped):
     return describe_few([f"{path} ({reason})" for path, reason in skipped.items()])
 
-
 # ---- Reading sound -------------------------------------------------------------------------------
 
 
@@ -79,11 +76,9 @@ def load_audio(path, start=0.0, seconds=math.inf):
     """A sound file, or `seconds` of it from second `start` -> 1-D float32 waveform, mono, 16 kHz,
     finite. A part is found by seeking, and costs no more memory than it has samples. Raises
     AudioError."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise AudioError(path, "no such file")
     blocks = []
-    with _readable(path), soundfile.SoundFile(_any_name(path)) as file:
-        rate = _checked_rate(path, file.samplerate)
+    with opened(path) as file:
+        rate = file.samplerate
         file.seek(round(start * rate))
         left = math.ceil(seconds * rate) if seconds < math.inf else file.frames
         most = (1 << 22) // file.channels  # block by block: a header may claim any length
@@ -104,24 +99,20 @@ def load_audio(path, start=0.0, seconds=math.inf):
     return waveform
 
 
-def _checked_rate(path, rate):
-    if not 1000 <= rate <= 1_000_000:
-        raise AudioError(path, f"sample rate {rate} Hz, expected 1000 to 1000000 Hz")
-    return rate
-
-
-def _any_name(path):
-    """As bytes, which need not be UTF-8, where the system's names are bytes."""
-    return path if os.name == "nt" else os.fsencode(path)
-
-
 @contextlib.contextmanager
-def _readable(path):
-    """Whatever is wrong with a file, it is an AudioError: this file's problem alone."""
+def opened(path):
+    """A sound file, open. Whatever is wrong with it is an AudioError: this file's problem alone."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise AudioError(path, "no such file")
+    # As bytes, which need not be UTF-8, where the system's names are bytes.
+    name = path if os.name == "nt" else os.fsencode(path)
     try:
-        yield
-    except AudioError:
-        raise
+        with soundfile.SoundFile(name) as file:
+            if not 1000 <= file.samplerate <= 1_000_000:
+                raise ValueError(f"{file.samplerate} samples a second, expected 1000 to 1000000")
+            if file.frames <= 0:
+                raise ValueError("no samples in it")
+            yield file
     except Exception as error:  # soundfile says "Error opening 'path': reason."
         reason = str(error).rsplit(": ", 1)[-1].rstrip(".")
         raise AudioError(path, f"cannot be read as sound ({reason})") from None
@@ -136,7 +127,6 @@ def _resampler(rate):
     low, high = ratio.numerator, ratio.denominator
     terms = (low, high) if rate < SAMPLE_RATE else (high, low)
     return torchaudio.transforms.Resample(*terms)
-
 
 # ---- Spectrograms --------------------------------------------------------------------------------
 
@@ -195,7 +185,7 @@ def measure_stats(clips, most=1000):
     count = total = squares = 0
     chosen = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
     for numbers in np.array_split(chosen, math.ceil(len(chosen) / 32)):
-        batch = clips.__getitems__(numbers.tolist())
+        batch = clips[numbers.tolist()]
         x = fbank(batch.waveforms).double()
         sound = torch.arange(x.shape[1]) < count_frames(batch.lengths)[:, None]
         x = x[sound & x.isfinite().all(2)]
@@ -206,7 +196,6 @@ def measure_stats(clips, most=1000):
         raise AudioError(clips.name(0), "neither it nor any other clip can be used")
     mean = total / count
     return round(mean, 4), round(math.sqrt(squares / count - mean**2), 4)
-
 
 # ---- Clips, their order, and batches of them -----------------------------------------------------
 
@@ -223,8 +212,8 @@ class Clips(Dataset):
     """Clips of `frames` frames, by number, out of a source of sound: all of it, where a long file
     becomes several clips, the last of which ends with it; or the beginnings of some of its `files`.
 
-    A source (SoundFiles, Pack, Demo) has `lengths` in samples, 0 where a file cannot be read,
-    length(file), name(file), and read(file, start, count): 1-D float32 or int16, at 16 kHz."""
+    A source (SoundFiles, Pack, Demo) has the `names` of its files, their `lengths` in samples, 0
+    where one cannot be read, and read(file, start, count): 1-D float32 or int16, at 16 kHz."""
 
     def __init__(self, source, frames, files=None):
         self.source, self.frames, self.samples = source, frames, clip_samples(frames)
@@ -245,7 +234,7 @@ class Clips(Dataset):
         return len(self.file)
 
     def name(self, number):
-        return self.source.name(self.file[number])
+        return self.source.names[self.file[number]]
 
     def usable(self, number):
         """Clip `number`. Raises AudioError where there is nothing in it to learn from."""
@@ -257,8 +246,8 @@ class Clips(Dataset):
             raise AudioError(self.name(number), "silent")
         return waveform
 
-    def __getitems__(self, numbers):
-        """What the DataLoader calls for a batch. It is the smaller where nothing can be used."""
+    def __getitem__(self, numbers):
+        """The batch of some clips. It is the smaller where nothing can be used."""
         rows, used, skipped = [], [], {}
         for number in numbers:
             for candidate in range(number, number + (len(self) if self.replace else 1)):
@@ -278,16 +267,15 @@ class Clips(Dataset):
         return Batch(waveforms, lengths, torch.tensor(used), skipped, len(numbers))
 
     def advice(self):
-        """A remark on the length of a clip, where most files are much shorter."""
-        files = np.unique(self.file)
-        some = map(self.source.length, files[:: max(1, len(files) // 100)])
-        known = [length for length in some if length]
-        median = np.median(known) if known else self.samples
+        """A remark on the length of a clip, where most of them are much shorter."""
+        some = np.linspace(0, len(self) - 1, min(100, len(self))).astype(int)
+        lengths = self[some.tolist()].lengths
+        median = lengths.float().median().item() if len(lengths) else self.samples
         if median >= 0.6 * self.samples:
             return ""
         frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
-        return (f"; half of the files are no longer than {median / SAMPLE_RATE:.2f} s, and what "
-                f"they leave of a clip is padding: try --frames {frames:.0f}")
+        return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, and "
+                f"the rest of them is padding: try --frames {frames}")
 
 
 class SoundFiles:
@@ -295,47 +283,29 @@ class SoundFiles:
 
     packed = False  # whether reading is no more than copying
 
-    def __init__(self, paths):
-        self.paths, self.skipped = paths, {}
-        self.ends = {}  # of files that end before their headers say: from where on nothing is there
+    def __init__(self, names):
+        self.names, self.skipped = names, {}
 
     @functools.cached_property
     def lengths(self):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = pool.map(self.length, range(len(self.paths)))
-            return np.array(list(tqdm(found, "reading headers", len(self.paths), disable=None,
+            found = pool.map(self._length, range(len(self.names)))
+            return np.array(list(tqdm(found, "reading headers", len(self.names), disable=None,
                                       leave=False)))
 
-    def length(self, file):
-        path = self.paths[file]
+    def _length(self, file):
+        path = self.names[file]
         try:
-            if not os.path.isfile(path):
-                raise AudioError(path, "no such file")
-            with _readable(path):
-                info = soundfile.info(_any_name(path))
-            _checked_rate(path, info.samplerate)
-            if info.frames > 64 * os.path.getsize(path):  # samples a byte: a header that lies
-                return len(load_audio(path))
-            if info.frames <= 0:
-                raise AudioError(path, "holds no samples")
-            return info.frames / info.samplerate * SAMPLE_RATE
+            with opened(path) as sound:
+                if sound.frames <= 64 * os.path.getsize(path):  # samples a byte
+                    return math.ceil(sound.frames * SAMPLE_RATE / sound.samplerate)
+            return len(load_audio(path))  # its header lies
         except AudioError as error:
             self.skipped[path] = error.reason
             return 0
 
-    def name(self, file):
-        return self.paths[file]
-
     def read(self, file, start, count):
-        if start >= self.ends.get(file, math.inf):
-            raise AudioError(self.paths[file], "ends before its header says")
-        try:
-            return load_audio(self.paths[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
-        except AudioError as error:
-            # A header may claim hours: after the first clip that is not there, no more is sought.
-            if start and "not finite" not in error.reason:
-                self.ends[file] = start
-            raise
+        return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
 
 
 def find_audio(path):
@@ -375,8 +345,8 @@ def read_lines(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             return [line for line in file.read().splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise AudioError(path, "neither a folder, a sound file nor a text file") from None
+    except (OSError, UnicodeDecodeError):
+        raise AudioError(path, "cannot be read: no folder, no sound, no text") from None
 
 
 def open_clips(path, frames, seed=0):
@@ -418,8 +388,8 @@ def loading(clips, batches, workers, device):
     """-> an iterator over what `clips` makes of each list of numbers, read by worker processes,
     which end when the block is left, however that happens."""
     workers = 0 if clips.packed else workers
-    loader = iter(DataLoader(
-        clips, batch_sampler=batches, num_workers=workers, collate_fn=_as_it_is,
+    loader = iter(DataLoader(  # without a batch size: `clips` itself makes the batches
+        clips, batch_size=None, sampler=batches, num_workers=workers,
         worker_init_fn=_settle_worker, pin_memory=device.type == "cuda"))
     try:
         yield loader
@@ -428,35 +398,19 @@ def loading(clips, batches, workers, device):
             loader._shutdown_workers()
 
 
-def _as_it_is(batch):
-    return batch
-
-
 def _settle_worker(_):
     """The main process decides when to stop: a signal that reaches its workers too (from a
-    terminal, or to all that is called eat.py) does nothing, but its own SIGTERM ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait_for_parent():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-
+    terminal, or to all that is called eat.py) does nothing. They end when the loader is shut down,
+    or when they find that their parent has gone."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 # ---- Packed sound: decoded and resampled once ----------------------------------------------------
-# A pack is a folder. `samples` holds the samples of all files, 16 kHz mono int16, end to end;
-# `names` their names, likewise; `index` a row for each file: where its samples and its name end,
-# and the float value of a sample of 1. A file that cannot be read has no samples. `pack.json` is
-# written last: it says what was packed, and what was skipped.
-
-INDEX_ROW = np.dtype([("samples", "<i8"), ("name", "<i8"), ("unit", "<f8")])
+# A pack is a folder of two files. `samples` holds the samples of all files, 16 kHz mono int16, end
+# to end. `pack.json`, written last, has the names of the files, where in `samples` each ends, and
+# the float value of a sample of 1 in each; and what was packed, and what was skipped. A file that
+# cannot be read has no samples.
 
 
 def is_pack(path):
@@ -470,40 +424,30 @@ def pack(source, out, workers):
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
     paths = sum(map(find_audio, lists), []) if manifests else find_audio(source)
-    root = os.path.abspath(source if os.path.isdir(source) else os.path.dirname(source))
-    make_folder(out)
-    rows, skipped, end = [], {}, 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(lock(out))
-        if set(os.listdir(out)) - {"samples", "names", "index", "lock", "pack.json.part"}:
-            raise AudioError(out, "holds a pack, or something else, already; choose another folder")
-        samples = stack.enter_context(open(os.path.join(out, "samples"), "wb"))
-        decoded = _Decoded(paths)
-        chunks = [[k] for k in range(len(paths))]
-        with loading(decoded, chunks, workers, torch.device("cpu")) as loader:
-            for path, (sound, unit, reason) in zip(tqdm(paths, "packing", disable=None), loader):
+    about = {"source": os.path.abspath(source), "names": [os.path.abspath(path) for path in paths],
+             "ends": [], "units": [], "skipped": {}}
+    end = 0
+    if os.path.isdir(out) and set(os.listdir(out)) - {"samples", "lock", "pack.json.part"}:
+        raise AudioError(out, "holds a pack, or something else, already; choose another folder")
+    with lock(out):
+        device = torch.device("cpu")
+        with (open(os.path.join(out, "samples"), "wb") as samples,
+              loading(_Decoded(paths), range(len(paths)), workers, device) as decoded):
+            for path, (sound, unit, reason) in zip(tqdm(paths, "packing", disable=None), decoded):
                 if reason:
-                    skipped[path] = reason
+                    about["skipped"][path] = reason
                 samples.write(sound.numpy().tobytes())
                 end += len(sound)
-                rows.append((end, unit))
-        names = [os.fsencode(os.path.relpath(path, root)) for path in paths]
-        index = np.zeros(len(paths), INDEX_ROW)
-        index["samples"], index["unit"] = zip(*rows)
-        index["name"] = np.cumsum([len(name) for name in names])
-        index.tofile(os.path.join(out, "index"))
-        with open(os.path.join(out, "names"), "wb") as file:
-            file.write(b"".join(names))
-        samples.flush()
-        os.fsync(samples.fileno())
-        about = {"source": os.path.abspath(source), "root": root, "files": len(paths),
-                 "skipped": skipped}
+                about["ends"].append(end)
+                about["units"].append(unit)
+            samples.flush()
+            os.fsync(samples.fileno())
         with open(os.path.join(out, "pack.json.part"), "w") as file:
             json.dump(about, file)
         os.replace(file.name, os.path.join(out, "pack.json"))
     print(f"{out}: {len(paths):,} files, {end / SAMPLE_RATE / 3600:.2f} hours")
-    if skipped:
-        print(f"skipped {len(skipped)}: {describe_skipped(skipped)}")
+    if about["skipped"]:
+        print(f"skipped {len(about['skipped'])}: {describe_skipped(about['skipped'])}")
 
 
 class _Decoded(Dataset):
@@ -514,9 +458,9 @@ class _Decoded(Dataset):
     def __init__(self, paths):
         self.paths = paths
 
-    def __getitems__(self, numbers):
+    def __getitem__(self, number):
         try:
-            waveform = load_audio(self.paths[numbers[0]])
+            waveform = load_audio(self.paths[number])
         except AudioError as error:
             return torch.zeros(0, dtype=torch.int16), 1 / 32768, error.reason
         unit = max(1.0, waveform.abs().max().item()) / 32768
@@ -532,48 +476,29 @@ class Pack:
         self.path = path
         try:
             with open(os.path.join(path, "pack.json")) as file:
-                self.about = json.load(file)
-            index = np.fromfile(os.path.join(path, "index"), INDEX_ROW)
-            self.ends, self.name_ends, self.units = (
-                np.ascontiguousarray(index[part]) for part in INDEX_ROW.names)
-            self.skipped = self.about["skipped"]
-            sizes = [os.path.getsize(os.path.join(path, part)) for part in ("samples", "names")]
-            told = [2 * self.ends[-1], self.name_ends[-1]]
-            sinks = min(np.diff(ends, prepend=0).min() for ends in (self.ends, self.name_ends)) < 0
-            if len(index) != self.about["files"] or sizes != told or sinks:
-                raise ValueError("its parts do not fit each other")
+                about = json.load(file)
+            self.source, self.names, self.skipped = (
+                about[part] for part in ("source", "names", "skipped"))
+            self.ends, self.units = np.array(about["ends"]), np.array(about["units"])
+            if os.path.getsize(os.path.join(path, "samples")) != 2 * self.ends[-1]:
+                raise ValueError("`samples` is longer or shorter than it was")
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise AudioError(path, f"not a whole pack ({error}); pack the sound again") from None
         self.lengths = np.diff(self.ends, prepend=0)
 
-    def _read(self, part, dtype, start, end):
-        # Read, not mapped into memory: as fast, and a mapped file that is cut off meanwhile kills.
-        try:
-            found = np.fromfile(os.path.join(self.path, part), dtype, end - start,
-                                offset=start * np.dtype(dtype).itemsize)
-        except OSError as error:
-            raise AudioError(self.path, f"{part}: {error.strerror}") from None
-        if len(found) < end - start:
-            raise AudioError(self.path, f"{part}: ends before the index does")
-        return found
-
-    def length(self, file):
-        return self.lengths[file]
-
-    def name(self, file):
-        """The file's path as it was when packed."""
-        start = self.name_ends[file - 1] if file else 0
-        name = self._read("names", np.uint8, start, self.name_ends[file])
-        return os.path.join(self.about["root"], os.fsdecode(name.tobytes()))
-
     def read(self, file, start, count):
         """int16, or float32 where the file's unit is another than 1 / 32768."""
         first = self.ends[file] - self.lengths[file] + start
-        last = min(self.ends[file], first + count)
-        samples = torch.from_numpy(self._read("samples", "<i2", first, last))
-        unit = self.units[file].item()
+        count = min(count, self.lengths[file] - start)
+        # Read, not mapped into memory: as fast, and a mapped file that is cut off meanwhile kills.
+        try:
+            samples = np.fromfile(self.path + "/samples", "<i2", count, offset=2 * first)
+        except OSError as error:
+            raise AudioError(self.path, f"samples: {error.strerror}") from None
+        if len(samples) < count:
+            raise AudioError(self.path, "samples: ends before pack.json says")
+        samples, unit = torch.from_numpy(samples), self.units[file].item()
         return samples if unit == 1 / 32768 else samples * unit
-
 
 # ---- Demo: sound events made on the fly ----------------------------------------------------------
 
@@ -599,13 +524,8 @@ class Demo:
     def __init__(self, frames, seed=0, size=4000, held_out=False):
         self.stream, self.samples = (seed, int(held_out)), clip_samples(frames)
         self.lengths = np.full(size, self.samples)
+        self.names = [f"demo clip {k}" for k in range(size)]
         self.labels = np.arange(size) % len(self.classes)
-
-    def length(self, file):
-        return self.samples
-
-    def name(self, file):
-        return f"demo clip {file}"
 
     def read(self, file, *_):
         rng = np.random.default_rng((*self.stream, file))
@@ -626,7 +546,6 @@ class Demo:
         start = rng.integers(self.samples - length)
         sound[start : start + length] += event
         return torch.from_numpy(sound * 10 ** rng.uniform(-1.0, -0.5) / np.abs(sound).max()).float()
-
 
 # ---- Labelled data sets, as they lie on people's disks -------------------------------------------
 
@@ -660,7 +579,7 @@ class Labelled:
         """Raise UsageError where no clip to train on, or none to test on, can be read."""
         for numbers in self.folds[fold]:
             for number in numbers.tolist():
-                batch = self.clips.__getitems__([number])
+                batch = self.clips[[number]]
                 self.clips.skipped |= batch.skipped
                 if len(batch.numbers):
                     break
@@ -692,7 +611,7 @@ def open_labelled(path, frames, esc10=False, seed=0):
         return Labelled("demo", Clips(demo, frames), labels, demo.classes, folds)
     source = Pack(path) if is_pack(path) else None
     if source:  # the labels are where the sound was packed from
-        path = source.about["source"]
+        path = source.source
     if not os.path.isdir(path):
         raise AudioError(path, "no such folder; expected a labelled data set, a pack of one, or "
                                "'demo'")
@@ -712,11 +631,9 @@ def open_labelled(path, frames, esc10=False, seed=0):
         raise AudioError(path, f"the files that list its labels ({', '.join(signs)}) are not in "
                                f"their form: {error!r}") from None
     names = [os.path.abspath(name) for name, _, _ in rows]
-    if source:
-        file_of = {os.path.abspath(source.name(k)): k for k in np.flatnonzero(source.lengths)}
-    else:
+    if not source:
         source = SoundFiles(list(filter(os.path.isfile, dict.fromkeys(names))))
-        file_of = {name: k for k, name in enumerate(source.paths)}
+    file_of = {name: k for k, name in enumerate(source.names)}
     keep = [k for k, name in enumerate(names) if name in file_of]
     missing = sorted(set(names) - file_of.keys())
     notes = []
@@ -780,26 +697,18 @@ def _manifests(path, *_):
         labels = [line.split("\t")[1].split(",")
                   for line in read_lines(os.path.join(path, f"{part}.lbl"))]
         names = find_audio(os.path.join(path, f"{part}.tsv"))
-        if len(names) != len(labels):
-            raise AudioError(path, f"{part}.tsv lists {len(names)} clips, {part}.lbl labels "
-                                   f"{len(labels)}")
-        unknown = sorted({label for clip in labels for label in clip} - number.keys())
-        if unknown:
-            raise AudioError(path, f"{part}.lbl has labels that label_descriptors.csv lacks: "
-                                   + describe_few(unknown))
         rows += [(name, tuple(number[label] for label in clip), part)
-                 for name, clip in zip(names, labels)]
-    trained = sum(part == "train" for _, _, part in rows)
-    weights = torch.zeros(len(rows))
-    weights[:trained] = 1.0
+                 for name, clip in zip(names, labels, strict=True)]
+    kind, folds = "AudioSet manifests", {"eval": (["train"], ["eval"])}
     found = sorted(name for name in os.listdir(path) if name.startswith("weight"))
-    if found:
-        given = np.array([float(line) for line in read_lines(os.path.join(path, found[0]))])
-        if len(given) != trained or not (given >= 0).all() or not 0 < given.sum() < math.inf:
-            raise AudioError(path, f"{found[0]} must hold {trained} weights, one of at least 0 for "
-                                   "each training clip")
-        weights[:trained] = torch.from_numpy(given)
-    return "AudioSet manifests", rows, classes, {"eval": (["train"], ["eval"])}, weights
+    if not found:
+        return kind, rows, classes, folds
+    weights = torch.tensor([float(line) for line in read_lines(os.path.join(path, found[0]))])
+    trained = sum(part == "train" for _, _, part in rows)
+    if len(weights) != trained or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
+        raise AudioError(path, f"{found[0]} must hold {trained} weights, one of at least 0 for "
+                               "each training clip")
+    return kind, rows, classes, folds, F.pad(weights, (0, len(rows) - trained))
 
 
 def _class_folders(path, _, seed):
@@ -841,7 +750,6 @@ def stratified_fifth(labels, seed):
         members = rng.permutation(np.flatnonzero(labels == label))
         chosen[members[: max(1, round(len(members) / 5))]] = True
     return chosen
-
 
 # ---- What the three programs' command lines share ------------------------------------------------
 
@@ -941,8 +849,9 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Only one process at a time writes into a folder. The system itself lets go of the lock of one
-    that has died."""
+    """Make a folder, into which only one process at a time writes. The system itself lets go of the
+    lock of one that has died."""
+    make_folder(folder)
     try:
         import fcntl
     except ImportError:  # Windows
@@ -951,11 +860,12 @@ def lock(folder):
     with open(os.path.join(folder, "lock"), "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                raise UsageError(f"{folder}: process {file.read().strip()} is writing into it; "
-                                 "wait for it, or choose another folder") from None
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UsageError(f"{folder}: process {file.read().strip()} is writing into it; wait "
+                             "for it, or choose another folder") from None
+        except OSError:  # a file system that knows no locks
+            pass
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -28,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -90,7 +91,7 @@ class EATConfig:
     target_blocks: int = option(None, "make targets of this many last blocks; default: of all")
     frames: int = option(1024, "length T of a clip, in frames of 10 ms; a multiple of 16")
     mean: float = option(-4.268, "mean of the log-mel spectrogram", least=-math.inf)
-    std: float = option(4.569, "standard deviation of the log-mel spectrogram")
+    std: float = option(4.569, "standard deviation of the log-mel spectrogram", least=1e-6)
 
     def __post_init__(self):
         check_numbers(self)
@@ -105,7 +106,6 @@ class EATConfig:
             ("mask_block", self.mask_block % 2 == 1, "must be odd"),
             ("mask_ratio", 0 < self.visible < self.patches,
              f"must leave some of the {self.patches} patches visible, and some masked"),
-            ("std", self.std > 0, "must be above 0"),
             ("target_blocks", (self.target_blocks or 1) <= self.depth,
              f"must be at most depth ({self.depth})"),
         ):
@@ -143,16 +143,16 @@ PRESETS = {
 # ---- CNN encoder (patch embedding) and positions -------------------------------------------------
 
 
-def sincos_positions(H, W, D):
+def sincos_positions(H, W, D, device=None):
     """Fixed 2-D sin-cos positions -> (H * W, D). The first D/2 channels tell the frequency column,
     the last D/2 the time row. They depend on row and column alone, so any length works."""
-    omega = 1 / 10000.0 ** (torch.arange(D // 4) / (D // 4))
+    omega = 1 / 10000.0 ** (torch.arange(D // 4, device=device) / (D // 4))
 
     def encode(place):
         return torch.cat([(place[:, None] * omega).sin(), (place[:, None] * omega).cos()], dim=1)
 
-    row, column = torch.arange(H).repeat_interleave(W), torch.arange(W).repeat(H)
-    return torch.cat([encode(column), encode(row)], dim=1)
+    place = torch.arange(H * W, device=device)  # patches run row by row
+    return torch.cat([encode(place % W), encode(place // W)], dim=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -161,16 +161,11 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.proj = nn.Conv2d(1, config.dim, PATCH, stride=PATCH)
-        table = sincos_positions(config.frames // PATCH, MEL_BINS // PATCH, config.dim)
-        self.register_buffer("positions", table, persistent=False)
 
     def forward(self, spectrogram):
         x = self.proj(spectrogram)  # (B, D, H, W)
-        H, W = x.shape[2:]
-        positions = self.positions[: H * W]  # patches run row by row: a shorter clip is a prefix
-        if len(positions) < H * W:
-            positions = sincos_positions(H, W, x.shape[1]).to(x.device)
-        return x.flatten(2).transpose(1, 2) + positions  # (B, N, D)
+        D, H, W = x.shape[1:]
+        return x.flatten(2).transpose(1, 2) + sincos_positions(H, W, D, x.device)  # (B, N, D)
 
 # ---- Transformer encoder -------------------------------------------------------------------------
 
@@ -423,7 +418,6 @@ class EAT(nn.Module):
             "prediction_std": prediction.detach().flatten(0, 2).std(0).mean(),
         }
 
-
 # ---- The recipe ----------------------------------------------------------------------------------
 
 
@@ -505,13 +499,16 @@ def make_optimizer(model, recipe):
     betas = (recipe.beta1, recipe.beta2)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=recipe.adam_eps, fused=True)
 
-
 # ---- The training loop ---------------------------------------------------------------------------
 
 
 def train(config, recipe, clips, machine, resumed=None, labelled=None):
     """Pre-train on `clips`, probe on `labelled` -> the number of the signal that ended it, or 0."""
     device, step, stop = machine.device, 0, 0
+    shared_by = machine.world * recipe.accumulate
+    if recipe.batch_size % shared_by:
+        raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of {shared_by}, "
+                         "the number of processes x --accumulate")
     torch.manual_seed(seed_of(recipe.seed))
     model = EAT(config).to(device)
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
@@ -591,7 +588,6 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
                     log.probed(step, probe(model.student, labelled, machine))
     return stop if step < recipe.steps else 0
 
-
 # ---- Did it learn? Frozen features, and nearest neighbours among them ----------------------------
 
 
@@ -645,7 +641,7 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
             if not len(batch.numbers):
                 continue
             x = spectrogram(batch.waveforms.to(machine.device), batch.lengths.to(machine.device),
-                                 config.frames, config.mean, config.std)
+                            config.frames, config.mean, config.std)
             steps = time_steps(batch.lengths, config.frames)
             with machine.autocast():
                 for name, value in read(encoder, x, steps.to(machine.device)).items():
@@ -680,10 +676,7 @@ def probe(encoder, labelled, machine):
         found["knn_" + kind.lower().replace(" ", "_")] = float(np.mean(right))
     return found
 
-
 # ---- Where a run computes, and what may stop it -------------------------------------------------
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclasses.dataclass
@@ -691,8 +684,8 @@ class Machine:
     """Where and how it computes; and this process's place among those that torchrun started."""
 
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "cpu"))
-    precision: str = option(None, "of the arithmetic; default: bfloat16 where the device has "
-                            "it, else float16 on a card", choices=tuple(PRECISIONS))
+    precision: str = option(None, "of the arithmetic; default: bfloat16 where the device has it, "
+                            "else float16 on a card", choices=("float32", "bfloat16", "float16"))
     compile: bool = option(None, "torch.compile the model; default: on CUDA, where Triton is there")
     workers: int = option(None, "processes that read sound; default: by the machine", least=0)
 
@@ -717,7 +710,7 @@ class Machine:
             able = torch.cpu.get_capabilities()
             native = able.get("avx512_bf16") or able.get("amx_bf16")
         default = "bfloat16" if native else "float16" if cuda else "float32"
-        self.dtype = PRECISIONS[self.precision or default]
+        self.dtype = getattr(torch, self.precision or default)
         if self.compile is None:  # on two CPU cores it took 80 s, and the steps then took longer
             self.compile = cuda and importlib.util.find_spec("triton") is not None
         if self.workers is None:
@@ -771,17 +764,15 @@ def stop_signals():
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what the terminal sent
             signal.signal(number, signal.SIG_DFL)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-    before = {n: signal.getsignal(n) for n in numbers}
-    for number in before:
-        if before[number] is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, catch)
+    before = {}
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+            before[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
 
 # ---- What a run writes: log and checkpoints ------------------------------------------------------
 
@@ -836,6 +827,8 @@ class Log:
         self.append({"step": step, **found})
         said = ", ".join(f"{k[4:].replace('_', ' ')} {value:.1%}" for k, value in found.items())
         self.say(f"step {step:7,}: nearest neighbours find {said}", sys.stdout)
+        sys.stdout.flush()
+        self.since = time.monotonic()  # probing is no training
 
     def append(self, line):
         """A full disk or a deleted folder costs lines, not the run."""
@@ -918,8 +911,6 @@ def newest_checkpoint(folder):
             raise
         state = read_checkpoint(paths[1])
         print(f"warning  {error}; going on from {paths[1]}", file=sys.stderr)
-        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
-            os.replace(paths[0], os.path.join(folder, "damaged.pt"))  # not to become previous.pt
         return state
 
 
@@ -954,31 +945,25 @@ def read_checkpoint(path):
     return state
 
 
-def part_of(state, *prefixes):
-    """The tensors whose names begin with the first of the prefixes that any begins with."""
-    for prefix in prefixes:
-        found = {name.removeprefix(prefix): tensor for name, tensor in state["model"].items()
-                 if name.startswith(prefix)}
-        if found:
-            return found
-    return {}
+def encoder_of(model):
+    """The encoder among a model's tensors: a pre-trained one's student, or a classifier's."""
+    part = "student." if "student.patches.proj.weight" in model else "encoder."
+    return {name.removeprefix(part): x for name, x in model.items() if name.startswith(part)}
 
 
 def fill(module, tensors, path):
     """Load tensors into a module. Raises UsageError, which names what does not fit."""
     try:
         module.load_state_dict(tensors)
-    except RuntimeError as error:  # a heading, and a line for each kind, or each tensor, of misfit
-        misfits = [" ".join(line.split())[:200] for line in str(error).splitlines()[1:]]
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise UsageError(f"{path}: " + " ".join(misfits[:3]) + more) from None
+    except RuntimeError as error:  # torch names what does not fit, on many lines
+        raise UsageError(f"{path}: " + " ".join(str(error).split())[:500]) from None
     return module
 
 
 def load_pretrained(path):
     """-> EAT with student, decoder and teacher of a pre-training checkpoint, ours or fairseq's."""
     state = read_checkpoint(path)
-    if not part_of(state, "decoder.") or not part_of(state, "teacher."):
+    if "teacher.cls" not in state["model"]:
         raise UsageError(f"{path}: an encoder alone, without decoder and teacher; see load_encoder")
     return fill(EAT(EATConfig(**state["config"])), state["model"], path)
 
@@ -988,25 +973,27 @@ def load_encoder(path):
     `config` has the length and the statistics it was trained with."""
     state = read_checkpoint(path)
     encoder = Encoder(EATConfig(**state["config"]))
-    return fill(encoder, part_of(state, "student.", "encoder."), path).eval()
+    return fill(encoder, encoder_of(state["model"]), path).eval()
 
 
 def start_from(model, path):
     """Begin with a checkpoint's weights: all that pre-training has, or an encoder alone, which then
     is student and teacher, beside a random decoder."""
     state = read_checkpoint(path)
-    if part_of(state, "decoder.") and part_of(state, "teacher."):
+    if "teacher.cls" in state["model"]:
         fill(model, state["model"], path)
     else:
-        fill(model.student, part_of(state, "student.", "encoder."), path)
+        fill(model.student, encoder_of(state["model"]), path)
         model.teacher.load_state_dict(model.student.state_dict())
-
 
 # ---- Checkpoints of the release: fairseq files and Hugging Face folders --------------------------
 
-PLACE = "modality_encoders.IMAGE."  # where fairseq files have all but the blocks; IMAGE is sound
 RENAMED = {"cls": "extra_tokens", "patches.proj": "local_encoder.proj",
            "pre_norm": "context_encoder.norm"}  # ours: theirs; Hugging Face's has pre_norm too
+FIELDS = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio",
+          "norm_eps": "norm_eps", "norm_mean": "mean", "norm_std": "std", "clone_batch": "clones",
+          "target_length": "frames", "mask_prob": "mask_ratio", "mask_length": "mask_block",
+          "mask_prob_adjust": "mask_adjust", "mask_noise_std": "mask_noise_std"}  # theirs: ours
 POSITIONS = "fixed_positional_encoder.positions"  # computed here
 
 
@@ -1039,7 +1026,7 @@ def plain(value):
 
 def our_name(name):
     """`cls`, `blocks.0.norm1.weight`, `decoder.convs.0.weight` ... of a name of the release's."""
-    name = name.removeprefix("model.").removeprefix(PLACE)
+    name = name.removeprefix("model.").removeprefix("modality_encoders.IMAGE.")  # IMAGE: sound
     for ours, theirs in RENAMED.items():
         name = name.replace(theirs, ours)
     return re.sub(r"^decoder\.blocks\.(\d+)\.0\.", r"decoder.convs.\1.", name)
@@ -1047,13 +1034,13 @@ def our_name(name):
 
 def sizes_of(model):
     """What the shapes of a model's tensors tell of its EATConfig."""
-    part = "student." if "student.patches.proj.weight" in model else "encoder."
-    if part + "patches.proj.weight" not in model:
+    encoder = encoder_of(model)
+    if "patches.proj.weight" not in encoder:
         raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
-    D = len(model[part + "patches.proj.weight"])
-    blocks = {name.split(".")[2] for name in model if name.startswith(part + "blocks.")}
+    D = len(encoder["patches.proj.weight"])
+    blocks = {name.split(".")[1] for name in encoder if name.startswith("blocks.")}
     sizes = {"dim": D, "depth": len(blocks),
-             "mlp_ratio": len(model[part + "blocks.0.mlp.fc1.weight"]) / D}
+             "mlp_ratio": len(encoder["blocks.0.mlp.fc1.weight"]) / D}
     if "decoder.convs.0.weight" in model:
         _, width, kernel, _ = model["decoder.convs.0.weight"].shape
         layers = sum(name.startswith("decoder.convs.") for name in model) // 2
@@ -1062,7 +1049,7 @@ def sizes_of(model):
 
 
 def translate(model, teacher, settings):
-    """Tensors in the release's names, and what its config says -> as read_checkpoint returns it."""
+    """Tensors and settings in the release's words -> as read_checkpoint returns it."""
     model, teacher = ({our_name(name): tensor for name, tensor in tensors.items()
                        if not name.endswith(POSITIONS)} for tensors in (model, teacher))
     part = "encoder." if "head.weight" in model else "student."
@@ -1071,28 +1058,23 @@ def translate(model, teacher, settings):
     model |= {"teacher." + name: tensor for name, tensor in teacher.items()}
     config = dataclasses.asdict(EATConfig()) | sizes_of(model)
     config["heads"] = max(1, config["dim"] // 64)  # as in base and large, unless the file says
-    config |= {name: value for name, value in settings.items() if value is not None}
+    config |= {FIELDS[name]: value for name, value in settings.items()
+               if name in FIELDS and value is not None}
     state = {"config": config, "model": model}
     if "head.weight" in model:
-        count = len(model["head.weight"])
-        multi_label = count == 527  # AudioSet's
-        state |= {"classes": [str(k) for k in range(count)], "multi_label": multi_label}
+        classes = [str(k) for k in range(len(model["head.weight"]))]
+        state |= {"classes": classes, "multi_label": len(classes) == 527}  # AudioSet's
     return state
 
 
 def fairseq_settings(config):
-    """What a fairseq config says of an EATConfig's fields."""
+    """What a fairseq config says of the model, and of what it hears."""
     config = plain(config) or {}
     while "pretrained_model_args" in config.get("model", {}):  # of a fine-tuned file: inside
         config = config["model"]["pretrained_model_args"]
     model = config.get("model") or {}
     sound = (model.get("modalities") or {}).get("image") or {}
-    names = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio",
-             "norm_eps": "norm_eps", "clone_batch": "clones", "target_length": "frames",
-             "mask_prob": "mask_ratio", "mask_length": "mask_block",
-             "mask_prob_adjust": "mask_adjust", "mask_noise_std": "mask_noise_std"}
-    return {names[name]: value for place in (model, sound) for name, value in place.items()
-            if name in names}
+    return {**model, **sound}
 
 
 def read_hugging_face(path):
@@ -1107,10 +1089,7 @@ def read_hugging_face(path):
     if not config and os.path.exists(beside):
         with open(beside) as text:
             config = json.load(text)
-    names = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio",
-             "norm_eps": "norm_eps", "norm_mean": "mean", "norm_std": "std"}
-    settings = {names[name]: value for name, value in config.items() if name in names}
-    settings["frames"] = config.get("img_size", [None])[0]
+    settings = {**config, "target_length": config.get("img_size", [None])[0]}
     tensors = {name: x.float() for name, x in safetensors.torch.load_file(file).items()}
     state = translate(tensors, {}, settings)
     state["reading"] = config.get("reading", "CLS")
@@ -1120,20 +1099,19 @@ def read_hugging_face(path):
     return state
 
 
-def export(source, target, **notes):
+def export(checkpoint, target, note=""):
     """Write a checkpoint's encoder, or classifier, in the Hugging Face layout: a folder of
     config.json and model.safetensors; or, where `target` ends in .safetensors, one file with 16
-    bits a number, and the config and `notes` in its metadata."""
+    bits a number, and the config and a note in its metadata."""
     from safetensors.torch import save_file
 
-    state = read_checkpoint(source)
+    state = read_checkpoint(checkpoint)
     config, tensors = EATConfig(**state["config"]), {}
-    for name, tensor in part_of(state, "student.", "encoder.").items():
+    head = {name: x for name, x in state["model"].items() if name.startswith(("fc_norm.", "head."))}
+    for name, tensor in {**encoder_of(state["model"]), **head}.items():
         for ours in ("cls", "patches.proj"):
             name = name.replace(ours, RENAMED[ours])
         tensors["model." + name] = tensor.contiguous()
-    tensors |= {"model." + name: tensor.contiguous() for name, tensor in state["model"].items()
-                if name.startswith(("fc_norm.", "head."))}
     classes = state.get("classes")
     settings = {
         "architectures": ["EATModel"], "model_type": "eat", "embed_dim": config.dim,
@@ -1159,32 +1137,21 @@ def export(source, target, **notes):
     if target.endswith(".safetensors"):
         make_folder(os.path.dirname(target) or ".")
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
-        save_file(tensors, target, {"format": "pt", "config": json.dumps(settings), **notes})
-        return target
-    make_folder(target)
-    # The release tabulates the positions of 768 rows, about 2 minutes.
-    tensors["model." + POSITIONS] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]
-    save_file(tensors, os.path.join(target, "model.safetensors"), {"format": "pt"})
-    with open(os.path.join(target, "config.json"), "w") as file:
-        json.dump(settings, file, indent=1)
-    return target
-
+        save_file(tensors, target, {"format": "pt", "config": json.dumps(settings), "note": note})
+    else:
+        make_folder(target)
+        # The release tabulates the positions of 768 rows, about 2 minutes.
+        tensors["model." + POSITIONS] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]
+        save_file(tensors, os.path.join(target, "model.safetensors"), {"format": "pt"})
+        with open(os.path.join(target, "config.json"), "w") as file:
+            json.dump(settings, file, indent=1)
+    print(target)
 
 # ---- Learning curves, and a benchmark ------------------------------------------------------------
 
 
-def save_picture(figure, path):
-    """In the format that the path's ending names -> the path."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        figure.savefig(path, dpi=100)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return path
-
-
 def plot(out):
-    """Draw the learning curves of a run from its log.jsonl -> the picture's path."""
+    """Draw the learning curves of a run from its log.jsonl."""
     path = os.path.join(out, "log.jsonl")
     lines = read_log(path) if os.path.exists(path) else []
     if not lines:
@@ -1203,48 +1170,43 @@ def plot(out):
                 axes.plot(*zip(*known), label=name.replace("_", " "))
                 axes.legend()
         axes.set(title=title, xlabel="step", yscale="log" if "loss" in names[0] else "linear")
-    return save_picture(figure, os.path.join(out, "log.png"))
+    path = os.path.join(out, "log.png")
+    figure.savefig(path, dpi=100)
+    print(path)
 
 
-class RandomSound:
-    """For the benchmark: a source of clips that are read in no time."""
-
-    packed, skipped, lengths = True, {}, np.full(1000, 2**30)
-
-    def read(self, file, start, count):
-        return torch.rand(count)
-
-
-def bench(config, recipe, machine):
+def bench(**given):
     """Time training on random sound, beside this device's matrix products."""
+    config = settings(EATConfig, PRESETS[given.get("preset", "base")], given)
+    recipe = settings(Recipe, {"steps": 10, "batch_size": 1}, given)
+    machine = settings(Machine, given)
     if machine.world > 1:
         raise UsageError("bench runs in one process: start it without torchrun")
-    size = 8192 if machine.device.type == "cuda" else 2048
-    square = torch.randn(size, size, device=machine.device).to(machine.dtype)
-
-    def product_rate():
-        start = time.perf_counter()
-        (square @ square)[0, 0].item()
-        return 2 * size**3 / (time.perf_counter() - start)
-
     with FlopCounterMode(display=False) as counter:
         EAT(config)(torch.randn(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
-    rates = [product_rate() for _ in range(15)][5:]
-    clips = Clips(RandomSound(), config.frames, np.zeros(10**6, int))
+    # A source of clips that are read in no time.
+    sound = types.SimpleNamespace(packed=True, read=lambda file, start, count: torch.rand(count))
+    clips = Clips(sound, config.frames, np.zeros(10**6, int))
     with tempfile.TemporaryDirectory() as out:
         every = max(1, recipe.steps // 5)
         train(config, dataclasses.replace(recipe, out=out, log_every=every), clips, machine)
         lines = read_log(os.path.join(out, "log.jsonl"))[-4:]  # the first has compiling in it
-    rate = np.median(rates + [product_rate() for _ in range(10)])
     taken = 1 / np.median([line["steps_per_second"] for line in lines])
+    size = 8192 if machine.device.type == "cuda" else 2048
+    square = torch.randn(size, size, device=machine.device).to(machine.dtype)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        (square @ square)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * size**3 / np.median(seconds)
     found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,
              "clips_per_second": recipe.batch_size / taken, "step_tflops": flops / taken / 1e12,
              "matrix_tflops": rate / 1e12, "share_of_matrix_rate": flops / taken / rate}
     if machine.device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     print(json.dumps(found, indent=1))
-
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -1275,17 +1237,15 @@ def resume(kind, state, given, out):
 
 
 def choose_preset(given, machine):
-    """-> the name, and why."""
-    if "preset" in given:
-        return given["preset"], "as asked"
-    if "init" in given:
-        return "base", "the release's recipe, for --init"
+    """Where --preset does not say."""
+    if "init" in given:  # the release's recipe
+        return "base"
     if given["data"] == "demo":
-        return "demo", "for the demo"
+        return "demo"
     if machine.device.type == "cpu":
-        return "tiny", "on a CPU"
-    memory = torch.cuda.get_device_properties(machine.device).total_memory / 2**30
-    return ("base" if memory > 20 else "small"), f"on a card of {memory:.0f} GiB"
+        return "tiny"
+    memory = torch.cuda.get_device_properties(machine.device).total_memory
+    return "base" if memory > 20 * 2**30 else "small"
 
 
 def choose_steps(recipe, config, clips, machine):
@@ -1308,21 +1268,12 @@ def settle(given, machine):
     """Flags of a new run -> (EATConfig, Recipe, Clips)."""
     if "data" not in given:
         raise UsageError("--data is missing: a folder of sound, or 'demo'")
-    settings(Recipe, given)  # refuses what cannot be, before anything is read
-    preset, why = choose_preset(given, machine)
+    preset = given.get("preset") or choose_preset(given, machine)
+    values = {**RECIPES.get(preset, {}), **given, "preset": preset}
+    recipe = settings(Recipe, values)  # refuses what cannot be, before anything is read
     sizes = read_checkpoint(given["init"])["config"] if "init" in given else PRESETS[preset]
     config = settings(EATConfig, sizes, given)
-    clips = open_clips(given["data"], config.frames, given.get("seed", Recipe.seed))
-    values = {**RECIPES.get(preset, {}), **given, "preset": preset}
-    recipe = settings(Recipe, values)
-    if len(clips) < recipe.batch_size and "batch_size" not in given:
-        values["batch_size"] = max(1, len(clips) // machine.world) * machine.world
-        recipe = settings(Recipe, values)
-    parts = machine.world * recipe.accumulate
-    if recipe.batch_size % parts or recipe.batch_size > len(clips):
-        raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of {parts} "
-                         f"(processes x parts), and at most the {len(clips):,} clips of "
-                         f"{recipe.data}")
+    clips = open_clips(recipe.data, config.frames, recipe.seed)
     if "init" not in given or "stats" in given:
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
@@ -1330,8 +1281,6 @@ def settle(given, machine):
         machine.compile = False  # its 600 steps are shorter than compiling them
     if "steps" not in given and (recipe.hours or "steps" not in values):
         values["steps"] = choose_steps(recipe, config, clips, machine)
-    if machine.rank == 0:
-        print(f"preset   {preset}, {why}; another: --preset " + ", ".join(PRESETS))
     return config, settings(Recipe, values), clips
 
 
@@ -1354,6 +1303,7 @@ def describe(config, recipe, clips, machine):
     encoder, decoder = (sum(p.numel() for p in part(config).parameters()) / 1e6
                         for part in (Encoder, Decoder))
     passes = recipe.steps * recipe.batch_size / len(clips)
+    print(f"preset   {recipe.preset}; there are {', '.join(PRESETS)}")
     print(f"data     {recipe.data}: {len(clips):,} clips of {config.frames / 100:.2f} s; mean "
           f"{config.mean}, deviation {config.std}{clips.advice()}")
     if clips.skipped:
@@ -1366,8 +1316,8 @@ def describe(config, recipe, clips, machine):
     print(f"machine  {machine}", flush=True)
 
 
-def pretrain(given):
-    """The main job -> exit status."""
+def pretrain(**given):
+    """Pre-train an EAT on sound."""
     machine, resumed = settings(Machine, given), None
     demo = given.get("data") == "demo"
     given = {**({"out": "out-demo", "probe": "demo"} if demo else {"out": Recipe.out}), **given}
@@ -1383,7 +1333,6 @@ def pretrain(given):
     labelled = recipe.probe and open_labelled(recipe.probe, config.frames, seed=recipe.seed)
     if labelled and labelled.multi_label:
         raise UsageError(f"--probe {recipe.probe}: nearest neighbours need one label a clip")
-    make_folder(recipe.out)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
             describe(config, recipe, clips, machine)
@@ -1409,31 +1358,22 @@ def pretrain(given):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and argv[0] in ("export", "plot", "bench") else None
-    parser = Parser(
-        prog=f"eat.py {command}" if command else "eat.py",
-        description=globals()[command].__doc__ if command else "Pre-train an EAT on sound.",
-        epilog="" if command else "also: eat.py plot OUT, export CHECKPOINT FOLDER, bench")
-    if command == "export":
+    words = sys.argv[1:] if argv is None else argv
+    jobs = {"plot": plot, "export": export, "bench": bench}
+    name = words[0] if words and words[0] in jobs else None
+    job = jobs.get(name, pretrain)
+    parser = Parser(prog=f"eat.py {name}" if name else "eat.py", description=job.__doc__,
+                    epilog="also: eat.py plot OUT, export CHECKPOINT TARGET, bench")
+    if job is plot:
+        parser.add_argument("out", help="the --out folder of a run")
+    elif job is export:
         parser.add_argument("checkpoint", help="ours, or the release's")
         parser.add_argument("target", help="a folder, or a file.safetensors")
         parser.add_argument("--note", default="", help="what it was trained on, for the metadata")
-        args = parser.parse_args(argv[1:])
-        return run("eat.py", lambda: print(
-            export(args.checkpoint, args.target, note=args.note)))
-    if command == "plot":
-        parser.add_argument("out", help="the --out folder of a run")
-        args = parser.parse_args(argv[1:])
-        return run("eat.py", lambda: print(plot(args.out)))
-    parser.add_fields(Recipe, EATConfig, Machine)
-    given = vars(parser.parse_args(argv[1:] if command else argv))
-    if command == "bench":
-        defaults = {"steps": 10, "batch_size": 1}
-        return run("eat.py", lambda: bench(
-            settings(EATConfig, PRESETS[given.get("preset", "base")], given),
-            settings(Recipe, defaults, given), settings(Machine, given)))
-    return run("eat.py", lambda: pretrain(given))
+    else:
+        parser.add_fields(Recipe, EATConfig, Machine)
+    given = vars(parser.parse_args(words[1:] if name else words))
+    return run("eat.py", lambda: job(**given))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ import eat
 from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, Parser, UsageError, as_float, describe_few,
                   describe_skipped, loading, lock, make_folder, open_clips, open_labelled,
                   printable, read_lines, run, seed_of, shares, shuffled, spectrogram)
-from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option, save_picture
+from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option
 
 # ---- The classifier ------------------------------------------------------------------------------
 
@@ -73,7 +72,6 @@ def load_classifier(path):
     model.multi_label = state["multi_label"]
     return eat.fill(model, state["model"], path).eval()
 
-
 # ---- Recipes -------------------------------------------------------------------------------------
 
 
@@ -106,9 +104,6 @@ class FineTune:
     min_lr: float = option(1e-6, "learning rate at the end of the cosine")
     warmup: float = option(0.1, "share of the updates that warms up", most=1)
     weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
-    beta1: float = option(0.9, "Adam's decay of the mean gradient", most=0.9999)
-    beta2: float = option(0.95, "Adam's decay of the mean squared gradient", most=0.9999)
-    adam_eps: float = option(1e-8, "Adam's epsilon")
     layer_decay: float = option(0.65, "learning rate of a block in units of the next one's; 1 from "
                                 "random weights")
     drop_path: float = option(0.1, "how often the last block is skipped; from 0 at the first",
@@ -156,7 +151,6 @@ def recipe_for(data):
     if data.kind == "AudioSet manifests":
         return "as2m" if sum(len(train) for train, _ in data.folds.values()) > 100_000 else "as20k"
     return {"Speech Commands": "spc2", "ESC-50": "esc50", "ESC-10": "esc50"}.get(data.kind)
-
 
 # ---- Augmentation: training only. Every draw comes from one generator, made from (seed, step) ----
 
@@ -213,7 +207,6 @@ def augmented(waveforms, lengths, targets, config, recipe, rng):
         x = spec_augment(x, recipe.spec_augment, int(rng.integers(2**62)))
     return x, targets
 
-
 # ---- Metrics -------------------------------------------------------------------------------------
 
 
@@ -255,7 +248,6 @@ def evaluate(scores, targets, classes, multi_label):
     note = f"{len(empty)} classes have no clip to test on and are left out: {describe_few(empty)}"
     return {**result, "per_class": each, "note": note if empty else ""}
 
-
 # ---- Fine-tuning ---------------------------------------------------------------------------------
 
 
@@ -270,8 +262,7 @@ def make_optimizer(model, recipe):
         groups[scale, recipe.weight_decay if p.ndim > 1 else 0.0].append(p)
     groups = [{"params": ps, "weight_decay": decay, "scale": scale}
               for (scale, decay), ps in groups.items()]
-    betas = (recipe.beta1, recipe.beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=recipe.adam_eps, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def training_order(train, data, recipe, seed):
@@ -302,12 +293,11 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
         while step < recipe.steps and not caught:
             rng = np.random.default_rng((recipe.seed, number, step))
             for _ in range(recipe.accumulate):
-                batch = next(batches)
-                while not len(batch.numbers):  # a small one may be of broken clips alone
+                for batch in batches:
                     data.clips.skipped |= batch.skipped
-                    data.check_clips(fold)
-                    batch = next(batches)
-                data.clips.skipped |= batch.skipped
+                    if len(batch.numbers):
+                        break
+                    data.check_clips(fold)  # a small batch may be of broken clips alone
                 waveforms = batch.waveforms.to(device, non_blocking=True)
                 lengths = batch.lengths.to(device, non_blocking=True)
                 targets = data.targets(batch.numbers.tolist()).to(device, non_blocking=True)
@@ -342,7 +332,7 @@ def probabilities_of(model, x, steps):
     return {"probabilities": logits.sigmoid() if model.multi_label else logits.softmax(1)}
 
 
-def fine_tune(data, start, config, recipe, machine, digest, resumed):
+def fine_tune(data, start, config, recipe, machine, resumed):
     """Every fold from the same encoder `start`: train, then test once -> {fold: its results}, or
     the number of the signal that stopped it. A finished fold is saved before it is spoken of."""
     done = resumed["done"] if resumed else {}
@@ -369,7 +359,7 @@ def fine_tune(data, start, config, recipe, machine, digest, resumed):
             eat.save_checkpoint(recipe.out, {
                 "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
                 "classes": data.classes, "multi_label": data.multi_label, "done": done,
-                "digest": digest, "reading": recipe.reading, "step": recipe.steps,
+                "reading": recipe.reading, "step": recipe.steps, "start": start,
                 "model": model.state_dict()}, must=fold == folds[-1])
             note = f" ({done[fold]['note']})" if done[fold]["note"] else ""
             print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}{note}", flush=True)
@@ -379,31 +369,24 @@ def fine_tune(data, start, config, recipe, machine, digest, resumed):
 def chosen_folds(data, recipe):
     return [fold for fold in data.folds if recipe.fold is None or fold == f"fold {recipe.fold}"]
 
-
 # ---- Frozen features: linear probe and nearest neighbours ----------------------------------------
 
 
-class LinearProbe:
-    """Logistic regression on standardised features, to the optimum of the summed loss
-    + l2 / 2 * |w|^2, by L-BFGS in float64."""
-
-    def __init__(self, bank, targets, multi_label):
-        self.mean, self.std = bank.mean(0), bank.std(0) + 1e-6
-        self.targets = targets.double()
-        self.loss = F.binary_cross_entropy_with_logits if multi_label else F.cross_entropy
-        # The best weights lie in the span of the clips, so they are sought along its principal
-        # axes: there are no more of those than clips, however many features there are.
-        self.left, self.size, self.axes = torch.linalg.svd(self.standardised(bank), False)
-
-    def standardised(self, x):
-        return ((x - self.mean) / self.std).double()
-
-    def fit(self, l2):
-        clips, classes = self.targets.shape
+def linear_probe(bank, targets, queries, penalties, multi_label):
+    """Logistic regression on standardised features, for each l2 of some penalties: to the optimum
+    of the summed loss + l2 / 2 * |w|^2, by L-BFGS in float64 -> {l2: scores of the queries}."""
+    mean, std = bank.mean(0), bank.std(0) + 1e-6
+    bank, queries = (((x - mean) / std).double() for x in (bank, queries))
+    # The best weights lie in the span of the clips, so they are sought along its principal axes:
+    # there are no more of those than clips, however many features there are.
+    left, size, axes = torch.linalg.svd(bank, full_matrices=False)
+    loss = F.binary_cross_entropy_with_logits if multi_label else F.cross_entropy
+    (clips, classes), targets, scores = targets.shape, targets.double(), {}
+    for l2 in penalties:
         # Each axis in units in which the loss is about equally curved along all of them: 15 times
         # as fast on ESC-50 (1,600 clips, 3,072 features), to the same optimum.
-        unit = (self.size.square() / (4 * classes) + l2).sqrt()
-        bank, penalty = self.left * (self.size / unit), l2 / unit.square()
+        unit = (size.square() / (4 * classes) + l2).sqrt()
+        x, penalty = left * (size / unit), l2 / unit.square()
         weight = torch.zeros(len(unit), classes, dtype=torch.float64, requires_grad=True)
         bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-6,
@@ -411,31 +394,28 @@ class LinearProbe:
 
         def closure():
             solver.zero_grad()
-            total = self.loss(bank @ weight + bias, self.targets, reduction="sum")
+            total = loss(x @ weight + bias, targets, reduction="sum")
             total = (total + (penalty @ weight.square()).sum() / 2) / clips
             total.backward()
             return total
 
         solver.step(closure)
-        self.weight, self.bias = self.axes.T @ (weight.detach() / unit[:, None]), bias.detach()
-        return self
-
-    def scores(self, queries):
-        return self.standardised(queries) @ self.weight + self.bias
+        scores[l2] = (queries @ (axes.T @ (weight / unit[:, None])) + bias).detach()
+    return scores
 
 
 def linear_scores(bank, targets, queries, l2, multi_label, seed=0):
-    """Scores (m, classes) of queries by a LinearProbe on the bank, and its penalty: l2, or where
+    """Scores (m, classes) of queries by a linear probe on the bank, and its penalty: l2, or where
     that is None the one that does best on a quarter of the bank when trained on the rest."""
     if l2 is None and len(bank) < 4:
         l2 = 10.0
     if l2 is None:
         held = torch.from_numpy(np.random.default_rng(seed).permutation(len(bank)) % 4 == 0)
-        trial, found = LinearProbe(bank[~held], targets[~held], multi_label), {}
-        for l2 in (1.0, 10.0, 100.0, 1000.0):
-            found[l2] = metric(trial.fit(l2).scores(bank[held]), targets[held], multi_label)
+        trial = linear_probe(bank[~held], targets[~held], bank[held], (1.0, 10.0, 100.0, 1000.0),
+                             multi_label)
+        found = {l2: metric(scores, targets[held], multi_label) for l2, scores in trial.items()}
         l2 = max(found, key=found.get)
-    return LinearProbe(bank, targets, multi_label).fit(l2).scores(queries), l2
+    return linear_probe(bank, targets, queries, [l2], multi_label)[l2], l2
 
 
 def mel_statistics(x, steps):
@@ -449,11 +429,13 @@ def mel_statistics(x, steps):
     return {"no network": torch.cat([mean, deviation], dim=1)}
 
 
-def read_all(data, encoder, config, recipe, machine):
-    """Frozen features of all clips, of the encoder and of what it must be judged against -> {kind:
-    (clips, F)}, and the clips' numbers."""
+def read_all(data, start, config, recipe, machine):
+    """Frozen features of all clips, of the encoder with weights `start` and of what it must be
+    judged against -> {kind: (clips, F)}, and the clips' numbers."""
     torch.manual_seed(seed_of(recipe.seed))
     random = Encoder(config).to(machine.device).eval()
+    encoder = Encoder(config).to(machine.device).eval()
+    encoder.load_state_dict(random.state_dict() if start is None else start)
 
     def read(model, x, steps):
         kinds = eat.read_features(model, x, steps)
@@ -461,13 +443,13 @@ def read_all(data, encoder, config, recipe, machine):
             kinds["random weights, patches"] = eat.read_features(random, x, steps)["patches"]
         return kinds | mel_statistics(x, steps)
 
-    encoder, everything = encoder.to(machine.device).eval(), range(len(data.clips))
+    everything = range(len(data.clips))
     return eat.features(encoder, config, data.clips, everything, machine, read)
 
 
-def probe(data, encoder, config, recipe, machine):
+def probe(data, start, config, recipe, machine):
     """Every kind of frozen features in every fold -> {kind: {fold: its results}}."""
-    kinds, used = read_all(data, encoder, config, recipe, machine)
+    kinds, used = read_all(data, start, config, recipe, machine)
     targets, results = data.targets(used.tolist()), {}
     for kind, x in kinds.items():
         results[kind] = {}
@@ -485,10 +467,10 @@ def probe(data, encoder, config, recipe, machine):
     return results
 
 
-def shots(data, encoder, config, recipe, machine):
+def shots(data, start, config, recipe, machine):
     """What is pre-training worth? Accuracy of a linear probe (l2 of 10 unless given) against the
     number of labelled clips a class, three draws each -> {kind: {shots: [accuracies]}}."""
-    kinds, used = read_all(data, encoder, config, recipe, machine)
+    kinds, used = read_all(data, start, config, recipe, machine)
     kinds = {kind: x for kind, x in kinds.items() if kind not in ("CLS", "mean of patches")}
     label, results = data.targets(used.tolist()).argmax(1), {}
     targets = F.one_hot(label, len(data.classes)).float()
@@ -523,7 +505,6 @@ def shots(data, encoder, config, recipe, machine):
     axes.legend()
     save_picture(figure, os.path.join(recipe.out, "shots.png"))
     return results
-
 
 # ---- Results -------------------------------------------------------------------------------------
 
@@ -565,53 +546,44 @@ def write_results(results, data, recipe, config):
             axes.text(column, row, count, ha="center", va="center", fontsize=7, color=colour)
     save_picture(figure, os.path.join(recipe.out, "confusion.png"))
 
-
 # ---- Any sound: predict and embed ----------------------------------------------------------------
 
 
-def open_windows(path, frames, every=None):
-    """Sound of any length -> Clips, windows of `frames` frames that follow each other; or one for
-    every `every` seconds, around their middle. The last window of a file is padded."""
+def read_files(model, config, path, machine, read, every=None):
+    """Run `read`, a function (model, x, steps) -> dict, on all files in `path`: on windows that
+    follow each other, the last one padded; or on one for every `every` seconds, around their
+    middle -> for each file its name, its seconds, what was read of its windows, where these begin
+    (seconds), and how many samples of sound each holds."""
     if path == "demo":
         raise UsageError("demo: has no files; expected sound")
-    clips = open_clips(path, frames)
-    clips.replace, lengths = False, clips.source.lengths
-    hop = every * SAMPLE_RATE if every else frames * SHIFT
-    least = 1 if every else WINDOW  # samples that a window must have
+    hop, least = config.frames * SHIFT, WINDOW  # samples: between windows; that one must have
+    if every:  # each looks at twice its time, so that an event on an edge is whole in one of them
+        hop, least = every * SAMPLE_RATE, 1
+        frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
+        config = dataclasses.replace(config, frames=min(config.frames, frames))
+    clips = open_clips(path, config.frames)
+    clips.replace = False
+    lengths = clips.source.lengths
     counts = np.maximum(1, np.floor((lengths - least) / hop) + 1).astype(int)
     counts[lengths == 0] = 0  # what could not be read
     clips.file = np.repeat(np.arange(len(counts)), counts)
-    k = np.concatenate([np.arange(count) for count in counts])
-    clips.begins = k * hop / SAMPLE_RATE  # seconds
+    begins = hop * np.concatenate([np.arange(count) for count in counts])
+    clips.start = begins.astype(np.int64)
     if every:
         last = np.maximum(lengths[clips.file] - clips.samples, 0)
-        clips.start = np.clip((k + 0.5) * hop - clips.samples / 2, 0, last).astype(np.int64)
-    else:
-        clips.start = (k * hop).astype(np.int64)
-    return clips
-
-
-def read_files(model, config, path, machine, read, every=None):
-    """Run `read`, a function (model, x, steps) -> dict, on all windows of all files in `path` ->
-    for each file its name, its seconds, what was read of its windows, where these begin (seconds),
-    and how many samples of sound each holds."""
-    if every:  # each looks at twice its time, so that an event on an edge is whole in one of them
-        frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
-        config = dataclasses.replace(config, frames=min(config.frames, frames))
-    clips = open_windows(path, config.frames, every)
-    everything = range(len(clips))
-    found, used = eat.features(model.to(machine.device), config, clips, everything, machine, read)
+        clips.start = np.clip(begins + (hop - clips.samples) / 2, 0, last).astype(np.int64)
+    found, used = eat.features(model.to(machine.device), config, clips, range(len(clips)), machine,
+                               read)
     if clips.skipped:
-        names = describe_skipped(clips.skipped)
-        print(f"skipped {len(clips.skipped)}: {names}", file=sys.stderr)
+        print(f"skipped {len(clips.skipped)}: {describe_skipped(clips.skipped)}", file=sys.stderr)
     used = used.numpy()
-    files, lengths = clips.file[used], clips.source.lengths
+    files = clips.file[used]
     held = np.minimum(lengths[files] - clips.start[used], clips.samples).astype(int)
     edges = np.flatnonzero(np.diff(files)) + 1  # between the windows of one file and the next
     for mine in np.split(np.arange(len(used)), edges):
         yield (clips.name(used[mine[0]]), lengths[files[mine[0]]] / SAMPLE_RATE,
-               {name: x[mine].numpy() for name, x in found.items()}, clips.begins[used[mine]],
-               held[mine])
+               {name: x[mine].numpy() for name, x in found.items()},
+               begins[used[mine]] / SAMPLE_RATE, held[mine])
 
 
 def predict(args):
@@ -652,10 +624,7 @@ def predict(args):
 def read_labels(path, count):
     """Names of `count` classes, from a csv of index, id, name (with a heading or not), or a name a
     line."""
-    try:
-        rows = list(csv.reader(read_lines(path)))
-    except OSError as error:
-        raise UsageError(f"--labels {path}: {error.strerror}") from None
+    rows = list(csv.reader(read_lines(path)))
     table = all(len(row) >= 3 for row in rows)
     if table:
         rows = sorted((row for row in rows if row[0].isdigit()), key=lambda row: int(row[0]))
@@ -673,7 +642,7 @@ def time_rows(encoder, x, steps):
         mine = steps == count
         average, _ = eat.average_of_blocks(encoder, x[mine, :, : count * PATCH])
         rows[mine, :count] = average[:, 1:].unflatten(1, (count, -1)).flatten(2)
-    return {"rows": rows}
+    return {"rows": rows, "steps": steps[:, None]}
 
 
 def embed(args):
@@ -691,7 +660,7 @@ def embed(args):
                 row = np.average(x, axis=0, weights=held)
                 columns[kind.replace(" ", "_")].append(row.astype(np.float32))
             continue
-        for rows, begin, steps in zip(found["rows"], begins, eat.time_steps(held, config.frames)):
+        for rows, begin, steps in zip(found["rows"], begins, found["steps"][:, 0].astype(int)):
             columns["features"].extend(rows[:steps])
             columns["path_index"].extend([len(columns["paths"]) - 1] * steps)
             columns["seconds"].extend(begin + np.arange(steps) * PATCH * SHIFT / SAMPLE_RATE)
@@ -700,8 +669,17 @@ def embed(args):
     shapes = ", ".join(f"{name} {x.shape}" for name, x in columns.items() if name != "paths")
     print(f"{out}: {len(columns['paths'])} files; {shapes}")
 
-
 # ---- Pictures ------------------------------------------------------------------------------------
+
+
+def save_picture(figure, path):
+    """In the format that the path's ending names -> the path."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        figure.savefig(path, dpi=100)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return path
 
 
 def draw_spectrogram(axes, image, title, labels=False):
@@ -796,13 +774,13 @@ def look_at_masks(figure, waveform, image, grid):
 
 
 def look_at_encoder(figure, name, state, x, image, grid):
-    pretrained = eat.part_of(state, "decoder.") and eat.part_of(state, "teacher.")
+    pretrained = "teacher.cls" in state["model"]
     rows = figure.add_gridspec(4 if pretrained else 3, 6)
     draw_spectrogram(figure.add_subplot(rows[0, :]), image, "log-mel spectrogram", True)
     light = 0.25 + 0.75 * ((image - image.min()) / (image.max() - image.min() + 1e-6))[..., None]
     config = EATConfig(**state["config"])
     random, encoder = Encoder(config).eval(), Encoder(config).eval()
-    eat.fill(encoder, eat.part_of(state, "student.", "encoder."), name)
+    eat.fill(encoder, eat.encoder_of(state["model"]), name)
     pair = (("random weights", random), ("this checkpoint", encoder))
     for row, (title, model) in enumerate(pair, 1):
         (colour,) = colours(model(x)[0, 1:])
@@ -830,38 +808,32 @@ def look_at_encoder(figure, name, state, x, image, grid):
             axes = figure.add_subplot(rows[3, 2 * k : 2 * k + 2], facecolor="gray")
             draw_spectrogram(axes, value, title)
 
-
 # ---- Command line --------------------------------------------------------------------------------
 
 
 def settle(given):
-    """Flags -> (FineTune, EATConfig, Labelled, the encoder's tensors or None, their digest, the
-    checkpoint to go on from or None)."""
+    """Flags -> (FineTune, EATConfig, Labelled, the encoder's tensors or None, the checkpoint to go
+    on from or None)."""
     given = {"out": f"out-{given.get('mode', FineTune.mode)}", **given}
     out, resumed = given["out"], None
     if eat.find_checkpoints(out) and given.get("resume"):
         resumed = eat.newest_checkpoint(out)
         if "done" not in resumed:
             raise UsageError(f"{out}: not a run of finetune.py")
-        eat.resume(FineTune, resumed, {k: v for k, v in given.items() if k != "checkpoint"}, out)
+        eat.resume(FineTune, resumed, given, out)  # refuses what would change the run
         given = {**resumed["recipe"], **given}
     elif eat.find_checkpoints(out) or os.path.exists(os.path.join(out, "results.json")):
         raise UsageError(f"{out} holds results already: --resume goes on with a run, another --out "
                          "starts beside it")
     if not given.get("data"):
         raise UsageError("--data is missing: a labelled data set, or 'demo'")
-    checkpoint, tensors = given.get("checkpoint"), None
-    start = EATConfig.preset(given.get("preset", FineTune.preset))
-    digest = "random"
-    if checkpoint:  # read once: it may be replaced while pre-training goes on
-        encoder = eat.load_encoder(checkpoint)
+    start, tensors = EATConfig.preset(given.get("preset", FineTune.preset)), None
+    if resumed:
+        start, tensors = EATConfig(**resumed["config"]), resumed["start"]
+    elif given.get("checkpoint"):  # read once: it may be replaced while pre-training goes on
+        encoder = eat.load_encoder(given["checkpoint"])
         start, tensors = encoder.config, encoder.state_dict()
-        content = b"".join(x.numpy().tobytes() for x in tensors.values())
-        digest = hashlib.sha256(content).hexdigest()
-    if resumed and resumed["digest"] != digest:
-        raise UsageError(f"--checkpoint {checkpoint}: not the encoder that the run in {out} began "
-                         "with; start another with another --out")
-    eat.settings(FineTune, given)  # refuses what cannot be, before anything is read
+    eat.settings(FineTune, given)  # refuses what cannot be, before the sound is looked for
     esc10, seed = given.get("esc10", False), given.get("seed", FineTune.seed)
     data = open_labelled(given["data"], start.frames, esc10, seed)
     name = given.get("recipe") or recipe_for(data)
@@ -875,10 +847,10 @@ def settle(given):
         row |= {"loss": "bce", "label_smoothing": 0.0}
     if data.kind == "demo":
         row["frames"] = start.frames
-    if not checkpoint:
+    if tensors is None:
         row["layer_decay"] = 1.0
     recipe = eat.settings(FineTune, row, given, {"recipe": name})
-    if recipe.mode != "finetune" and checkpoint and "stats" not in given:
+    if recipe.mode != "finetune" and recipe.checkpoint and "stats" not in given:
         recipe.stats = "checkpoint"
     mean, std = STATS.get(recipe.stats, (start.mean, start.std))
     changed = {"frames": recipe.frames, "mean": mean, "std": std}
@@ -897,7 +869,7 @@ def settle(given):
                          or not all(n.isdecimal() and int(n) for n in recipe.shots.split(","))):
         raise UsageError(f"--shots {recipe.shots}: numbers as 1,2,4, with --mode linear, for clips "
                          "of one label each")
-    return recipe, config, data, tensors, digest, resumed
+    return recipe, config, data, tensors, resumed
 
 
 def train_or_probe(given):
@@ -905,8 +877,7 @@ def train_or_probe(given):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     machine = eat.settings(Machine, given)
-    recipe, config, data, start, digest, resumed = settle(given)
-    make_folder(recipe.out)
+    recipe, config, data, start, resumed = settle(given)
     print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
     print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
@@ -917,7 +888,7 @@ def train_or_probe(given):
                   f"{recipe.batch_size} clips a fold, learning rate {recipe.lr:.3g}, layer decay "
                   f"{recipe.layer_decay}, {recipe.loss}, mixup {recipe.mixup}; the head reads "
                   f"{recipe.reading}; seed {recipe.seed}; a short one: --recipe small", flush=True)
-            folds = fine_tune(data, start, config, recipe, machine, digest, resumed)
+            folds = fine_tune(data, start, config, recipe, machine, resumed)
             if isinstance(folds, int):
                 print(f"stopped; the same command with --resume goes on from {recipe.out}, after "
                       "the last finished fold; the one at hand begins anew")
@@ -925,11 +896,7 @@ def train_or_probe(given):
             results = {"fine-tuned": folds}
             print(f"fine-tuned: {summary(folds)}")
         else:
-            torch.manual_seed(seed_of(recipe.seed))
-            encoder = Encoder(config)
-            if start is not None:
-                encoder.load_state_dict(start)
-            results = (shots if recipe.shots else probe)(data, encoder, config, recipe, machine)
+            results = (shots if recipe.shots else probe)(data, start, config, recipe, machine)
         if data.clips.skipped:
             print(f"skipped {len(data.clips.skipped)}: {describe_skipped(data.clips.skipped)}")
         write_results(results, data, recipe, config)

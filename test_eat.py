@@ -171,8 +171,6 @@ GRADIENT_NORMS = {
 }
 
 
-# How far each way of computing may be from the release: losses; norms of gradients, relative and
-# absolute.
 # How far each way of computing may be from the release's losses, and from its gradients.
 @pytest.mark.parametrize("device, precision, compile, near, near_gradient", [
     ("cpu", "float32", False, 1e-6, 1e-5), ("cpu", "bfloat16", False, 1e-2, 2e-2),
@@ -440,6 +438,7 @@ class Waves:
     def __init__(self, loud=(), size=8):
         self.loud, self.read_so_far = loud, 0
         self.lengths = np.full(size, data.clip_samples(64))
+        self.names = [f"wave {k}" for k in range(8)]
 
     def read(self, file, start, count):
         loud = self.read_so_far // 2 in self.loud
@@ -801,12 +800,12 @@ BAD_INPUT = {
         ("--probe=nowhere", "no such folder"), ("--target-blocks=3", "at most depth (2)"),
         ("--data={empty}", "no sound in it"), ("--data={broken}", "none of its files"),
         ("--heads=5", "heads (5) must divide dim"), ("--frames=100", "multiple of 16"),
-        ("--batch-size=1000", "1000"), ("--batch-size=6 --accumulate=4", "multiple of 4"),
+        ("--batch-size=6 --accumulate=4", "must be a multiple of 4"),
         ("--out={run}", "--resume"), ("--out={run} --resume --lr=0.5", "--lr 0.5"),
         ("--out={tuned} --resume", "not a run of"), ("--init={run}/lost.pt", "no such file"),
         ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
         ("--mask-ratio=0.999", "some of the 32 patches visible"), ("--lr=-1", "lr (-1.0)"),
-        ("--init={last} --dim=64", "torch.Size([64]). and 61 more"),
+        ("--init={last} --dim=64", "size mismatch for"),
         ("--beta2=1", "beta2 (1.0) must be a number of at least 0, at most 0.9999"),
         ("--mask-ratio=nan", "mask_ratio (nan)"), ("--mask-ratio=1", "mask_ratio (1.0)"),
         ("--mask-ratio=0", "mask_ratio (0.0)"), ("--mask-block=4", "mask_block (4) must be odd"),
@@ -1406,10 +1405,10 @@ def test_a_path_is_a_folder_a_file_or_a_list(mark, end, tmp_path):
 
 def test_short_files_get_advice_that_fits(tmp_path, sounds, capsys):
     for k in range(5):
-        tone(tmp_path / f"{k}.wav", seconds=0.7 if k < 4 else 30.0)
+        tone(tmp_path / f"{k}.wav", seconds=0.7 if k < 4 else 7.0)
     assert eat.main(flags(tmp_path, tmp_path / "out", "--frames=256", steps=1)) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "half of the files" in x]
-    assert line.startswith("data ") and "no longer than 0.70 s" in line
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "half of the clips" in x]
+    assert line.startswith("data ") and "no more than 0.70 s" in line
     assert line.endswith("try --frames 80")  # 68 windows in 0.7 s, and a multiple of 16
     for path, frames in ((tmp_path, 80), (sounds, 64)):
         assert open_clips(str(path), frames).advice() == ""
@@ -1425,14 +1424,14 @@ def test_unusable_clips_give_way_to_the_next_and_are_named(tmp_path):
     write(tmp_path / "1.wav", np.full(16_000, 0.25))
     clips = open_clips(str(tmp_path), 128)
     (tmp_path / "2.wav").unlink()  # after the headers were read
-    batch = clips.__getitems__([0, 1])
+    batch = clips[[0, 1]]
     torch.testing.assert_close(batch.waveforms[1, :16_000], clips.usable(3))
     assert batch.lengths.tolist() == [16_000] * 2 and batch.numbers.tolist() == [0, 3]
     assert {Path(path).name for path in batch.skipped} == {"1.wav", "2.wav"}
     assert batch.skipped[str(tmp_path / "1.wav")] == "silent"
     for k in (0, 3):
         (tmp_path / f"{k}.wav").unlink()
-    batch = clips.__getitems__([0])
+    batch = clips[[0]]
     assert len(batch.waveforms) == 0 and len(batch.skipped) == 4 and batch.wanted == 1
 
 
@@ -1444,7 +1443,7 @@ def test_the_demo_comes_from_its_seed_and_its_classes_do_not_differ_in_mean_spec
     assert torch.equal(sound, same.read(5)) and sound.isfinite().all() and len(demo.classes) >= 10
     for others in (other, data.Demo(256, 0)):
         assert not torch.equal(sound, others.read(5))
-    batch = data.Clips(demo, 256).__getitems__(range(360))
+    batch = data.Clips(demo, 256)[range(360)]
     means = fbank(batch.waveforms).exp().mean(1).log()
     labels = torch.as_tensor(demo.labels)
     scores = eat.nearest_neighbours(means[:240], F.one_hot(labels[:240]).float(), means[240:])
@@ -1476,7 +1475,7 @@ def several(tmp_path):
 
 def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
     packed = pack(several, tmp_path / "pack")
-    names, sound_of = [packed.name(k) for k in range(6)], lambda k: packed.read(k, 0, 10**6)
+    names, sound_of = packed.names, lambda k: packed.read(k, 0, 10**6)
     assert names == data.find_audio(str(several))
     whole = torch.from_numpy(soundfile.read(names[0], dtype="int16")[0])
     assert torch.equal(sound_of(0), whole)  # bit by bit
@@ -1494,11 +1493,11 @@ def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
 
     clips, files = open_clips(str(tmp_path / "pack"), 128), open_clips(str(several), 128)
     assert len(clips) == len(files) == 6 and clips.skipped.keys() == files.skipped.keys()
-    ours, theirs = clips.__getitems__([0, 1, 2, 5]), files.__getitems__([0, 1, 2, 5])
+    ours, theirs = clips[[0, 1, 2, 5]], files[[0, 1, 2, 5]]
     assert ours.waveforms.dtype == torch.int16 and torch.equal(ours.lengths, theirs.lengths)
     assert torch.equal(ours.waveforms[:3] / 32768, theirs.waveforms[:3])  # they were 16 bits
     # One of them is scaled, so all are floats.
-    mixed, wanted = (x.__getitems__([0, 3]).waveforms for x in (clips, files))
+    mixed, wanted = (x[[0, 3]].waveforms for x in (clips, files))
     torch.testing.assert_close(mixed, wanted, atol=3 / 32768, rtol=0)
 
 
@@ -1515,11 +1514,11 @@ def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, c
         patch.setattr(data, "load_audio", killed)
         assert data.main(["pack", str(several), str(cut), "--workers=0"]) == 130
     refused(eat.main, flags(cut, tmp_path / "out"), "no sound in it", capsys)
-    for name in ("samples", "names", "index"):  # killed just before the end
+    for name in ("samples", "pack.json.part"):  # killed just before the end
         with open(cut / name, "ab") as file:
             file.write(b"more than there is")
     pack(several, cut)
-    for name in ("samples", "names", "index", "pack.json"):
+    for name in ("samples", "pack.json"):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     for folder in (cut, several):
         refused(data.main, ["pack", several, folder], "choose another folder", capsys)
@@ -1528,18 +1527,12 @@ def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, c
 def test_a_pack_whose_parts_do_not_fit_is_refused(several, tmp_path, capsys):
     pack(several, tmp_path / "pack")
     run = flags(tmp_path / "pack", tmp_path / "out")
-    for part, change in (
-        ("index", lambda old: old[:-24]), ("samples", lambda old: old + b"\0\0"),
-        ("samples", lambda old: old[:-8]), ("names", lambda old: old[1:]),
-        ("index", lambda old: old[24:48] + old[:24] + old[48:]),
-        ("pack.json", lambda old: old.replace(b'"files": 6', b'"files": 7')),
-    ):
-        path = tmp_path / "pack" / part
-        whole = path.read_bytes()
-        path.write_bytes(change(whole))
-        refused(eat.main, run, "not a whole pack (its parts do not fit each other); pack the sound "
-                "again", capsys)
-        path.write_bytes(whole)
+    path = tmp_path / "pack/samples"
+    whole = path.read_bytes()
+    for content in (whole + b"\0\0", whole[:-8]):
+        path.write_bytes(content)
+        refused(eat.main, run, "not a whole pack (`samples` is longer or shorter than it was); "
+                "pack the sound again", capsys)
     (tmp_path / "pack/pack.json").write_text("{")
     refused(eat.main, run, "not a whole pack", capsys)
 
@@ -1548,9 +1541,9 @@ def test_a_pack_that_breaks_costs_its_clips(several, tmp_path):
     pack(several, tmp_path / "pack")
     clips = open_clips(str(tmp_path / "pack"), 128)
     os.truncate(tmp_path / "pack/samples", 2 * 40_000)
-    batch = clips.__getitems__([0, 5])
+    batch = clips[[0, 5]]
     assert batch.numbers.tolist() == [0, 0]
-    assert "samples: ends before the index" in next(iter(batch.skipped.values()))
+    assert "samples: ends before pack.json says" in next(iter(batch.skipped.values()))
 
 
 def test_packed_sound_gives_the_same_results(sounds, esc, whole_run, start_from, tmp_path):
@@ -1576,12 +1569,10 @@ def test_packed_sound_gives_the_same_results(sounds, esc, whole_run, start_from,
 def test_two_million_packed_clips_take_little_memory(tmp_path):
     """A pack of 2,000,000 clips of 10 s, its samples a hole of 640 GB."""
     count = 2_000_000
-    ends, rows = np.arange(1, count + 1), np.zeros(count, data.INDEX_ROW)
-    rows["samples"], rows["name"], rows["unit"] = ends * 160_000, ends * 8, 1 / 32768
-    rows.tofile(tmp_path / "index")
-    np.char.mod("%08d", np.arange(count)).astype("S8").tofile(tmp_path / "names")
-    about = {"root": "/sound", "source": "/sound", "files": count, "skipped": {}}
+    about = {"source": "/sound", "names": [f"/sound/{k:08}" for k in range(count)], "skipped": {},
+             "ends": [160_000 * k for k in range(1, count + 1)], "units": [1 / 32768] * count}
     (tmp_path / "pack.json").write_text(json.dumps(about))
+    del about
     try:
         with open(tmp_path / "samples", "wb") as file:
             file.truncate(count * 320_000)
@@ -1592,7 +1583,7 @@ clips = data.open_clips(sys.argv[1], 1024)
 assert len(clips) == 2_000_000 and clips.name(1_234_567) == "/sound/01234567"
 assert 0 <= next(data.shuffled(len(clips), 0, 3 * len(clips) + 7)) < 2_000_000
 assert not clips.source.read(1_999_999, 0, 160_000).any()""", tmp_path)
-    assert memory < 300
+    assert memory < 600
 
 
 # ---- data.py: labelled data sets -----------------------------------------------------------------
@@ -1667,7 +1658,7 @@ def test_clips_of_esc_that_are_broken_missing_or_unlabelled(tmp_path):
     esc = labelled(folder)
     broken = esc.folds["fold 2"][0][-1].item()  # the last before the clips of the test fold
     Path(esc.clips.name(broken)).write_text("no sound")
-    batch = esc.clips.__getitems__([broken - 1, broken])  # none of the other fold in its place
+    batch = esc.clips[[broken - 1, broken]]  # none of the other fold in its place
     assert batch.numbers.tolist() == [broken - 1] and len(batch.waveforms) == 1
     assert list(batch.skipped) == [esc.clips.name(broken)]
     os.remove(folder / "audio/1-1000-A-41.wav")
@@ -2163,7 +2154,7 @@ def test_an_error_anywhere_ends_the_process_and_its_workers(sounds, esc, start_f
     cases = [
         ("eat.EAT, 'update_teacher', 3", "eat", run("loop")),
         ("eat, 'spectrogram', 3", "eat", run("spectrogram")),
-        ("data.SoundFiles, 'read', 3", "eat", run("worker")),
+        ("data.SoundFiles, 'read', 32", "eat", run("worker")),  # after 26 for the advice
         ("eat, 'nearest_neighbours', 3", "eat", run("probe", f"--probe={esc}", "--probe-every=2")),
         ("finetune, 'augmented', 2", "finetune", [*tuned, f"--out={tmp_path}/fit"]),
         ("eat, 'spectrogram', 1", "finetune", [*tuned, f"--out={tmp_path}/test"]),
@@ -2209,7 +2200,7 @@ def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_pa
         (moved("sound"), "eat", endless, 2, "no clip can be used any more"),
         (moved("probe"), "eat", run("probed", f"--probe={tmp_path}/probe"), 2,
          "no clip can be read"),
-        ("at(data.SoundFiles, 'read', 9, send(9))", "eat", run("killed"), 1, "Run it again"),
+        ("at(data.SoundFiles, 'read', 35, send(9))", "eat", run("killed"), 1, "Run it again"),
         ("at(data, 'load_audio', 3, send(9))", "data", packed, 1, "Run it again"),
     ]
     found = driven(tmp_path, *(case[:3] for case in cases))
@@ -2302,7 +2293,7 @@ def test_only_one_process_writes_into_a_folder(several, sounds, whole_run, tmp_p
         assert status == 0 and "the rival: 2" in said and "Traceback" not in said, said
         assert len(refusal) == 1 and f"{folder}: process {pid} " in refusal[0]
     assert same_runs(out, whole_run)
-    for name in ("samples", "names", "index"):
+    for name in ("samples", "pack.json"):
         assert (packed / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
@@ -2320,8 +2311,11 @@ def test_all_folds_start_from_one_checkpoint(esc, whole_run, tuned, tmp_path, mo
     run = [f"--checkpoint={used}", "--steps=12"]
     assert fine(esc, tmp_path, *run) == 0
     assert same_runs(tmp_path, tuned) and results(tmp_path) == results(tuned)
+    used.unlink()  # a run that goes on has it
     again = [f"--data={esc}", f"--out={tmp_path}", *FINE, *run, "--resume"]
-    for more, says in (([], "not the encoder that the run in"), (["--lr=0.5"], "--lr 0.5")):
+    assert finetune.main(again) == 0 and results(tmp_path) == results(tuned)
+    for more, says in ((["--checkpoint=other.pt"], "--checkpoint other.pt"),
+                       (["--lr=0.5"], "--lr 0.5")):
         refused(finetune.main, [*again, *more], says, capsys)
 
 
@@ -2345,7 +2339,8 @@ def test_a_batch_of_broken_clips_alone_is_passed_over(start_from, tmp_path):
     folder = make_esc(tmp_path / "esc")
     broken = folder / "audio/2-1000-A-41.wav"
     broken.write_text("no sound")
-    assert fine(folder, tmp_path / "out", start_from, "--fold=1", "--batch-size=1", "--steps=9") == 0
+    more = ["--fold=1", "--batch-size=1", "--steps=9"]
+    assert fine(folder, tmp_path / "out", start_from, *more) == 0
     assert weights(tmp_path / "out")[0] == 9
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert list(found["skipped"]) == [str(broken)]
