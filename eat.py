@@ -505,10 +505,9 @@ def make_optimizer(model, recipe):
 def train(config, recipe, clips, machine, resumed=None, labelled=None):
     """Pre-train on `clips`, probe on `labelled` -> the number of the signal that ended it, or 0."""
     device, step, stop = machine.device, 0, 0
-    shared_by = machine.world * recipe.accumulate
-    if recipe.batch_size % shared_by:
-        raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of {shared_by}, "
-                         "the number of processes x --accumulate")
+    if recipe.batch_size % (machine.world * recipe.accumulate):
+        raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of "
+                         f"{machine.world * recipe.accumulate}, processes x --accumulate")
     torch.manual_seed(seed_of(recipe.seed))
     model = EAT(config).to(device)
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
@@ -583,9 +582,9 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
                     save(must=True)
                 elif save_due and not bad_in_a_row:
                     save()
-            if labelled and machine.rank == 0:
-                if finished or step % (recipe.probe_every or recipe.steps) == 0:
-                    log.probed(step, probe(model.student, labelled, machine))
+            probe_due = finished or step % (recipe.probe_every or recipe.steps) == 0
+            if labelled and probe_due and machine.rank == 0:
+                log.probed(step, probe(model.student, labelled, machine))
     return stop if step < recipe.steps else 0
 
 # ---- Did it learn? Frozen features, and nearest neighbours among them ----------------------------
