@@ -1122,14 +1122,10 @@ def export(checkpoint, target, note=""):
         "fixed_positions": True, "img_size": [config.frames, MEL_BINS], "torch_dtype": "float32",
         "model_variant": "finetune" if classes else "pretrain",
         "num_classes": len(classes) if classes else 527,
+        # What the release's files do not say: statistics, what the head reads, and the classes.
+        "norm_mean": config.mean, "norm_std": config.std, "reading": state.get("reading", "CLS"),
     }
-    # What the release's files need not say: another data set's mean and deviation, what the head
-    # reads, and the classes.
-    if (config.mean, config.std) != (EATConfig.mean, EATConfig.std):
-        settings |= {"norm_mean": config.mean, "norm_std": config.std}
-    if state.get("reading", "CLS") != "CLS":
-        settings["reading"] = state["reading"]
-    if classes and classes != [str(k) for k in range(len(classes))]:
+    if classes:
         kind = "multi" if state["multi_label"] else "single"
         settings |= {"id2label": dict(enumerate(classes)),
                      "problem_type": f"{kind}_label_classification"}

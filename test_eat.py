@@ -1042,7 +1042,7 @@ def test_a_hugging_face_folder_comes_out_as_it_went_in(name, tmp_path):
     ours, theirs = (safetensors.torch.load_file(x / "model.safetensors") for x in folders)
     torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
     ours, theirs = (json.loads((x / "config.json").read_text()) for x in folders)
-    assert ours == theirs
+    assert ours | theirs == ours  # it says more, such as mean and deviation
 
 
 @pytest.mark.parametrize("name, dtype", [("hf", torch.float32), ("eat.safetensors", torch.float16)])
