@@ -186,6 +186,8 @@ def measure_stats(clips, most=1000):
     chosen = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
     for numbers in np.array_split(chosen, math.ceil(len(chosen) / 32)):
         batch = clips[numbers.tolist()]
+        if not len(batch.numbers):
+            break  # none of all the clips can be used
         x = fbank(batch.waveforms).double()
         sound = torch.arange(x.shape[1]) < count_frames(batch.lengths)[:, None]
         x = x[sound & x.isfinite().all(2)]
@@ -258,6 +260,8 @@ class Clips(Dataset):
                     break
                 except AudioError as error:
                     skipped[error.path] = error.reason
+            if self.replace and not used:
+                break  # none of all the clips can be used
         if any(row.dtype != torch.int16 for row in rows):
             rows = [as_float(row) for row in rows]
         waveforms = torch.zeros(len(rows), self.samples, dtype=rows[0].dtype if rows else None)
@@ -285,6 +289,7 @@ class SoundFiles:
 
     def __init__(self, names):
         self.names, self.skipped = names, {}
+        self.ends = {}  # of files that end before their headers say: from where on nothing is there
 
     @functools.cached_property
     def lengths(self):
@@ -305,7 +310,15 @@ class SoundFiles:
             return 0
 
     def read(self, file, start, count):
-        return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
+        if start >= self.ends.get(file, math.inf):
+            raise AudioError(self.names[file], "ends before its header says")
+        try:
+            return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
+        except AudioError as error:
+            # A header may claim hours: after the first clip that is not there, no more is sought.
+            if start and "not finite" not in error.reason:
+                self.ends[file] = start
+            raise
 
 
 def find_audio(path):
@@ -396,6 +409,9 @@ def loading(clips, batches, workers, device):
     finally:
         if workers:  # an error's traceback may hold the loader until the end of the process
             loader._shutdown_workers()
+            for worker in loader._workers:
+                if worker.is_alive():  # amid a long file
+                    worker.kill()
 
 
 def _settle_worker(_):
@@ -435,7 +451,7 @@ def pack(source, out, workers):
               loading(_Decoded(paths), range(len(paths)), workers, device) as decoded):
             for path, (sound, unit, reason) in zip(tqdm(paths, "packing", disable=None), decoded):
                 if reason:
-                    about["skipped"][path] = reason
+                    about["skipped"][os.path.abspath(path)] = reason
                 samples.write(sound.numpy().tobytes())
                 end += len(sound)
                 about["ends"].append(end)
@@ -488,6 +504,8 @@ class Pack:
 
     def read(self, file, start, count):
         """int16, or float32 where the file's unit is another than 1 / 32768."""
+        if self.names[file] in self.skipped:
+            raise AudioError(self.names[file], self.skipped[self.names[file]])
         first = self.ends[file] - self.lengths[file] + start
         count = min(count, self.lengths[file] - start)
         # Read, not mapped into memory: as fast, and a mapped file that is cut off meanwhile kills.
@@ -697,8 +715,11 @@ def _manifests(path, *_):
         labels = [line.split("\t")[1].split(",")
                   for line in read_lines(os.path.join(path, f"{part}.lbl"))]
         names = find_audio(os.path.join(path, f"{part}.tsv"))
+        if len(names) != len(labels):
+            raise AudioError(path, f"{part}.tsv lists {len(names)} clips, {part}.lbl labels "
+                                   f"{len(labels)}; is the folder in the first line there?")
         rows += [(name, tuple(number[label] for label in clip), part)
-                 for name, clip in zip(names, labels, strict=True)]
+                 for name, clip in zip(names, labels)]
     kind, folds = "AudioSet manifests", {"eval": (["train"], ["eval"])}
     found = sorted(name for name in os.listdir(path) if name.startswith("weight"))
     if not found:

@@ -165,7 +165,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, spectrogram):
         x = self.proj(spectrogram)  # (B, D, H, W)
         D, H, W = x.shape[1:]
-        return x.flatten(2).transpose(1, 2) + sincos_positions(H, W, D, x.device)  # (B, N, D)
+        positions = sincos_positions(H, W, D, x.device).to(self.proj.weight.dtype)
+        return x.flatten(2).transpose(1, 2) + positions  # (B, N, D)
 
 # ---- Transformer encoder -------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, hidden = config.dim, int(config.dim * config.mlp_ratio)
+        D, hidden = config.dim, round(config.dim * config.mlp_ratio)
         self.attn = Attention(config)
         self.norm1 = nn.LayerNorm(D, config.norm_eps)
         self.mlp = nn.Sequential(collections.OrderedDict(
@@ -910,6 +911,8 @@ def newest_checkpoint(folder):
             raise
         state = read_checkpoint(paths[1])
         print(f"warning  {error}; going on from {paths[1]}", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
+            os.replace(paths[0], os.path.join(folder, "damaged.pt"))  # not to become previous.pt
         return state
 
 
@@ -933,7 +936,8 @@ def read_checkpoint(path):
                 model = state["model"]
                 state = translate(model, model.pop("_ema", {}), fairseq_settings(state.get("cfg")))
         sizes = sizes_of(state["model"])
-        wrong = [name for name, size in sizes.items() if state["config"][name] != size]
+        wrong = [name for name, size in sizes.items()
+                 if abs(state["config"][name] - size) * sizes["dim"] >= 1]  # a width is rounded
         if wrong:
             raise ValueError("its config and its tensors differ in " + ", ".join(wrong))
         EATConfig(**state["config"])  # refuses what cannot be
@@ -1102,7 +1106,7 @@ def export(checkpoint, target, note=""):
     """Write a checkpoint's encoder, or classifier, in the Hugging Face layout: a folder of
     config.json and model.safetensors; or, where `target` ends in .safetensors, one file with 16
     bits a number, and the config and a note in its metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = read_checkpoint(checkpoint)
     config, tensors = EATConfig(**state["config"]), {}
@@ -1132,12 +1136,15 @@ def export(checkpoint, target, note=""):
     if target.endswith(".safetensors"):
         make_folder(os.path.dirname(target) or ".")
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
-        save_file(tensors, target, {"format": "pt", "config": json.dumps(settings), "note": note})
+        about = {"format": "pt", "config": json.dumps(settings), "note": note}
+        with open(target, "wb") as file:
+            file.write(save(tensors, about))
     else:
         make_folder(target)
         # The release tabulates the positions of 768 rows, about 2 minutes.
         tensors["model." + POSITIONS] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]
-        save_file(tensors, os.path.join(target, "model.safetensors"), {"format": "pt"})
+        with open(os.path.join(target, "model.safetensors"), "wb") as file:
+            file.write(save(tensors, {"format": "pt"}))
         with open(os.path.join(target, "config.json"), "w") as file:
             json.dump(settings, file, indent=1)
     print(target)
@@ -1272,8 +1279,6 @@ def settle(given, machine):
     if "init" not in given or "stats" in given:
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
-    if preset == "demo" and "compile" not in given:
-        machine.compile = False  # its 600 steps are shorter than compiling them
     if "steps" not in given and (recipe.hours or "steps" not in values):
         values["steps"] = choose_steps(recipe, config, clips, machine)
     return config, settings(Recipe, values), clips
@@ -1313,9 +1318,11 @@ def describe(config, recipe, clips, machine):
 
 def pretrain(**given):
     """Pre-train an EAT on sound."""
+    defaults = {"out": Recipe.out}
+    if given.get("data") == "demo":  # its 600 steps are shorter than compiling them
+        defaults = {"out": "out-demo", "probe": "demo", "compile": False}
+    given = {**defaults, **given}
     machine, resumed = settings(Machine, given), None
-    demo = given.get("data") == "demo"
-    given = {**({"out": "out-demo", "probe": "demo"} if demo else {"out": Recipe.out}), **given}
     if not find_checkpoints(given["out"]):
         config, recipe, clips = settle(given, machine)
     elif given.get("resume"):

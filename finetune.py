@@ -297,6 +297,8 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
                     data.clips.skipped |= batch.skipped
                     if len(batch.numbers):
                         break
+                    if caught:
+                        return False
                     data.check_clips(fold)  # a small batch may be of broken clips alone
                 waveforms = batch.waveforms.to(device, non_blocking=True)
                 lengths = batch.lengths.to(device, non_blocking=True)
@@ -818,7 +820,7 @@ def settle(given):
     out, resumed = given["out"], None
     if eat.find_checkpoints(out) and given.get("resume"):
         resumed = eat.newest_checkpoint(out)
-        if "done" not in resumed:
+        if "start" not in resumed:
             raise UsageError(f"{out}: not a run of finetune.py")
         eat.resume(FineTune, resumed, given, out)  # refuses what would change the run
         given = {**resumed["recipe"], **given}
@@ -862,7 +864,7 @@ def settle(given):
     if recipe.batch_size % recipe.accumulate:
         raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of --accumulate "
                          f"{recipe.accumulate}")
-    if recipe.weighted and data.weights is None:
+    if recipe.weighted and (data.weights is None or not data.weights.any()):
         raise UsageError(f"{recipe.data}: --weighted needs sampling weights, a weight*.csv beside "
                          "train.tsv; --no-weighted does without")
     if recipe.shots and (recipe.mode != "linear" or data.multi_label

@@ -799,6 +799,7 @@ BAD_INPUT = {
         ("--data=nowhere", "no such file or folder"), ("--probe-every=2", "--probe must name"),
         ("--probe=nowhere", "no such folder"), ("--target-blocks=3", "at most depth (2)"),
         ("--data={empty}", "no sound in it"), ("--data={broken}", "none of its files"),
+        ("--data={silent} --stats=measure", "neither it nor any other clip can be used"),
         ("--heads=5", "heads (5) must divide dim"), ("--frames=100", "multiple of 16"),
         ("--batch-size=6 --accumulate=4", "must be a multiple of 4"),
         ("--out={run}", "--resume"), ("--out={run} --resume --lr=0.5", "--lr 0.5"),
@@ -848,9 +849,11 @@ def test_bad_input_gets_one_line_and_status_2(program, wrong, says, sounds, whol
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
     places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken", "run": whole_run,
-              "last": whole_run / "last.pt", "tuned": tuned}
-    places["empty"].mkdir()
-    places["broken"].mkdir()
+              "last": whole_run / "last.pt", "tuned": tuned, "silent": tmp_path / "silent"}
+    for name in ("empty", "broken", "silent"):
+        places[name].mkdir()
+    for k in range(3):
+        write(tmp_path / f"silent/{k}.wav", np.zeros(20_000 * k))
     (tmp_path / "broken/a.wav").write_text("no sound")
     words = wrong.format(**places).split()
     if wrong.startswith("--"):
@@ -1064,6 +1067,14 @@ def test_our_encoder_survives_export(name, dtype, whole_run, tmp_path):
     with safetensors.safe_open(target, "pt") as file:
         assert file.metadata()["note"] == "some tones"
         assert all(file.get_tensor(key).dtype == dtype for key in file.keys())
+
+
+def test_an_encoder_of_uneven_width_can_be_read_back_and_cast(sounds, tmp_path):
+    """32 x 3.3 is 105.6: the MLP has 106 channels."""
+    assert eat.main(flags(sounds, tmp_path, "--mlp-ratio=3.3", steps=1)) == 0
+    encoder = eat.load_encoder(tmp_path / "last.pt").bfloat16()
+    assert encoder.blocks[0].mlp.fc1.weight.shape == (106, 32)
+    assert encoder(torch.ones(1, 1, 64, 128).bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("wrong", [
@@ -1433,6 +1444,19 @@ def test_unusable_clips_give_way_to_the_next_and_are_named(tmp_path):
         (tmp_path / f"{k}.wav").unlink()
     batch = clips[[0]]
     assert len(batch.waveforms) == 0 and len(batch.skipped) == 4 and batch.wanted == 1
+
+
+def test_a_file_that_is_cut_off_gives_what_it_has(tmp_path):
+    """Its header still claims all of it. After the first clip that is not there no more is read."""
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000)
+    path = write(tmp_path / "a.flac", sound)
+    os.truncate(path, path.stat().st_size // 2)
+    clips = open_clips(str(tmp_path), 64)
+    assert len(clips) == 16
+    for asked, given in (([5], [5]), ([9], [0]), ([14, 2], [0, 2])):
+        batch = clips[asked]
+        assert batch.numbers.tolist() == given and batch.lengths.tolist() == [10_480] * len(given)
+    assert batch.skipped == {str(path): "ends before its header says"}
 
 
 def test_the_demo_comes_from_its_seed_and_its_classes_do_not_differ_in_mean_spectrum():
