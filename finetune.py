@@ -907,14 +907,15 @@ def train_or_probe(given):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv and argv[0] in ("predict", "embed", "look") else None
+    words = sys.argv[1:] if argv is None else argv
+    jobs = {"predict": predict, "embed": embed, "look": look}
+    command = words[0] if words and words[0] in jobs else None
     if not command:
         parser = Parser(prog="finetune.py", description=__doc__)
         parser.add_fields(FineTune, Machine)
-        given = vars(parser.parse_args(argv))
+        given = vars(parser.parse_args(words))
         return run("finetune.py", lambda: train_or_probe(given))
-    parser = Parser(prog=f"finetune.py {command}", description=globals()[command].__doc__)
+    parser = Parser(prog=f"finetune.py {command}", description=jobs[command].__doc__)
     parser.add_argument("--checkpoint", required=command != "look", help="a checkpoint")
     if command == "look":
         parser.add_argument("clip", help="a sound file, or 'demo'")
@@ -933,11 +934,11 @@ def main(argv=None):
         parser.add_argument("path", help="a sound file, a folder, a list or a pack")
         parser.add_argument("--out", default="features.npz", help="[features.npz]")
         parser.add_argument("--frames", action="store_true", help="a row every 0.16 s, not a file")
-    args = parser.parse_args(argv[1:])
+    args = parser.parse_args(words[1:])
     for name in ("top", "every"):
         if getattr(args, name, None) is not None and not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} {getattr(args, name)}: must be above 0")
-    return run("finetune.py", lambda: globals()[command](args))
+    return run("finetune.py", lambda: jobs[command](args))
 
 
 if __name__ == "__main__":
