@@ -80,7 +80,7 @@ class FineTune:
     """How fine-tuning and probing go. Defaults are the release's; RECIPES differ by data set."""
 
     data: str = option(None, "ESC-50, ESC-10, Speech Commands, the release's AudioSet manifests, a "
-                       "folder of classes: the folder as it lies on disk; or 'demo'")
+                       "folder of classes: the folder as it lies on disk, or a pack of it; 'demo'")
     checkpoint: str = option(None, "a pre-trained encoder; without, random weights")
     mode: str = option("finetune", "train everything, or test frozen features",
                        choices=("finetune", "linear", "knn"))
@@ -825,8 +825,8 @@ def settle(given):
         eat.resume(FineTune, resumed, given, out)  # refuses what would change the run
         given = {**resumed["recipe"], **given}
     elif eat.find_checkpoints(out) or os.path.exists(os.path.join(out, "results.json")):
-        raise UsageError(f"{out} holds results already: --resume goes on with a run, another --out "
-                         "starts beside it")
+        raise UsageError(f"{out} holds results already: --resume goes on with fine-tuning, another "
+                         "--out starts beside it")
     if not given.get("data"):
         raise UsageError("--data is missing: a labelled data set, or 'demo'")
     start, tensors = EATConfig.preset(given.get("preset", FineTune.preset)), None
