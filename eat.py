@@ -958,8 +958,11 @@ def fill(module, tensors, path):
     """Load tensors into a module. Raises UsageError, which names what does not fit."""
     try:
         module.load_state_dict(tensors)
-    except RuntimeError as error:  # torch names what does not fit, on many lines
-        raise UsageError(f"{path}: " + " ".join(str(error).split())[:500]) from None
+    except RuntimeError as error:  # a heading, and a line for each kind, or each tensor, of misfit
+        misfits = [" ".join(line.split())[:200] for line in str(error).splitlines()[1:]]
+        more = f" and {len(misfits) - 3} more;" if len(misfits) > 3 else ""
+        raise UsageError(f"{path}: {' '.join(misfits[:3])}{more} give it the sizes (--dim, --depth "
+                         "...) that it was made with, or none") from None
     return module
 
 
@@ -1319,7 +1322,8 @@ def describe(config, recipe, clips, machine):
 def pretrain(**given):
     """Pre-train an EAT on sound."""
     defaults = {"out": Recipe.out}
-    if given.get("data") == "demo":  # its 600 steps are shorter than compiling them
+    if given.get("data") == "demo":
+        # Its 600 steps are shorter than compiling them.
         defaults = {"out": "out-demo", "probe": "demo", "compile": False}
     given = {**defaults, **given}
     machine, resumed = settings(Machine, given), None
