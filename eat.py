@@ -600,24 +600,34 @@ def average_of_blocks(encoder, x):
     return total / len(encoder.blocks), tokens.float()
 
 
-def readings(encoder, x):
-    """What a frozen encoder says of clips (B, 1, T, 128), in three readings. "patches"
-    (B, 2 * 8 * D): the 8 frequencies of a time step side by side, averaged over the blocks; of that
-    the mean and the standard deviation over time. "CLS" and "mean of patches" (B, D): of the last
-    block."""
+def mean_and_deviation(x, steps):
+    """Over the first `steps` (B,) rows of each of x (B, H, F) -> (B, 2 * F)."""
+    rows = (torch.arange(x.shape[1], device=x.device) < steps[:, None])[..., None]
+    count = rows.sum(1)
+    mean = (x * rows).sum(1) / count
+    variance = ((x - mean[:, None]) * rows).square().sum(1) / count
+    return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # sqrt has no slope at 0
+
+
+def readings(encoder, x, steps):
+    """What an encoder says of clips (B, 1, T, 128) whose first `steps` (B,) time steps of 16 frames
+    hold sound, in three readings. "patches" (B, 2 * 8 * D): the 8 frequencies of a time step side
+    by side, averaged over the blocks; of that the mean and the standard deviation over those time
+    steps. "CLS" and "mean of patches" (B, D): of the last block."""
     average, tokens = average_of_blocks(encoder, x)
     time = average[:, 1:].unflatten(1, (x.shape[2] // PATCH, -1)).flatten(2)  # (B, H, 8 * D)
-    return {"patches": torch.cat([time.mean(1), time.std(1, correction=0)], dim=1),
+    return {"patches": mean_and_deviation(time, steps),
             "CLS": tokens[:, 0], "mean of patches": tokens[:, 1:].mean(1)}
 
 
 def read_features(encoder, x, steps):
-    """The same of clips of which the first `steps` (B,) time steps of 16 frames hold sound. Each is
-    read at its own length, so padding changes nothing."""
+    """The same of a frozen encoder. Each clip is read at its own length: padding changes nothing,
+    not through attention either."""
     found = {}
     for count in steps.unique().tolist():  # the clips of one length at a time
         rows = steps == count
-        for name, value in readings(encoder, x[rows, :, : count * PATCH]).items():
+        read = readings(encoder, x[rows, :, : count * PATCH], steps[rows])
+        for name, value in read.items():
             found.setdefault(name, value.new_empty(len(x), value.shape[1]))[rows] = value
     return found
 

@@ -37,7 +37,8 @@ from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option
 class Classifier(nn.Module):
     """An encoder with a head: (B, 1, T, 128) -> logits (B, classes). `classes`: names, or how many.
     The head reads "CLS", as the release's does, or "patches", which holds more of a small encoder's
-    knowledge (see eat.read_features)."""
+    knowledge (see eat.readings), over the first `steps` (B,) time steps of 16 frames of each clip:
+    those that hold sound; by default all."""
 
     def __init__(self, encoder, classes, drop_path=0.0, reading="CLS"):
         super().__init__()
@@ -54,11 +55,13 @@ class Classifier(nn.Module):
         for block, rate in zip(encoder.blocks, rates):  # rises linearly over the blocks
             block.drop_path = rate
 
-    def forward(self, x):
+    def forward(self, x, steps=None):
         if self.reading == "CLS":
             read = self.encoder(x)[:, 0]
         else:
-            read = eat.readings(self.encoder, x)[self.reading]
+            if steps is None:
+                steps = torch.full((len(x),), x.shape[2] // PATCH, device=x.device)
+            read = eat.readings(self.encoder, x, steps)[self.reading]
         return self.head(self.fc_norm(read))
 
 
@@ -191,9 +194,10 @@ def spec_augment(x, ratio, seed):
 
 
 def augmented(waveforms, lengths, targets, config, recipe, rng):
-    """A training batch -> spectrogram (B, 1, T, 128), targets (B, classes). As in the release noise
-    comes before mixup and SpecAugment, so that masked bands are exactly 0."""
-    waveforms = as_float(waveforms)
+    """A training batch -> spectrogram (B, 1, T, 128), the time steps that hold sound (B,), targets
+    (B, classes). As in the release noise comes before mixup and SpecAugment, so that masked bands
+    are exactly 0."""
+    waveforms, steps = as_float(waveforms), eat.time_steps(lengths, config.frames)
     if recipe.roll:
         waveforms = roll_and_gain(waveforms, lengths, rng)
     x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
@@ -201,11 +205,12 @@ def augmented(waveforms, lengths, targets, config, recipe, rng):
         x = add_noise_and_roll(x, rng)
     if recipe.mixup and rng.random() < recipe.mixup_prob:
         x, targets = mixup(x, targets, recipe.mixup, rng)
+        steps = torch.maximum(steps, steps.flip(0))
     elif recipe.label_smoothing and not recipe.mixup:
         targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / targets.shape[1]
     if recipe.spec_augment:
         x = spec_augment(x, recipe.spec_augment, int(rng.integers(2**62)))
-    return x, targets
+    return x, steps, targets
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
@@ -303,10 +308,10 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
                 waveforms = batch.waveforms.to(device, non_blocking=True)
                 lengths = batch.lengths.to(device, non_blocking=True)
                 targets = data.targets(batch.numbers.tolist()).to(device, non_blocking=True)
-                x, targets = augmented(waveforms, lengths, targets, config, recipe, rng)
+                x, steps, targets = augmented(waveforms, lengths, targets, config, recipe, rng)
                 torch.manual_seed(int(rng.integers(2**62)))  # DropPath's
                 with machine.autocast():
-                    logits = net(x).float()
+                    logits = net(x, steps).float()
                 loss = (F.cross_entropy if recipe.loss == "ce" else
                         F.binary_cross_entropy_with_logits)(logits, targets)
                 scaler.scale(loss / recipe.accumulate).backward()
@@ -330,7 +335,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
 
 
 def probabilities_of(model, x, steps):
-    logits = model(x).float()
+    logits = model(x, steps).float()
     return {"probabilities": logits.sigmoid() if model.multi_label else logits.softmax(1)}
 
 
@@ -423,12 +428,7 @@ def linear_scores(bank, targets, queries, l2, multi_label, seed=0):
 def mel_statistics(x, steps):
     """What no network gives: mean and deviation over time of each mel band -> (B, 256). Time steps
     that are only padding do not count."""
-    place = torch.arange(x.shape[2], device=x.device)
-    sound = (place < steps[:, None] * PATCH)[..., None]
-    x, count = x[:, 0] * sound, sound.sum(1)
-    mean = x.sum(1) / count
-    deviation = (((x - mean[:, None]) * sound).square().sum(1) / count).sqrt()
-    return {"no network": torch.cat([mean, deviation], dim=1)}
+    return {"no network": eat.mean_and_deviation(x[:, 0], steps * PATCH)}
 
 
 def read_all(data, start, config, recipe, machine):

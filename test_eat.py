@@ -1792,6 +1792,20 @@ def test_drop_path_skips_whole_clips_and_keeps_the_mean():
     assert (block.eval().dropped(torch.ones(4, 3, 2)) == 1).all()
 
 
+def test_a_head_on_patches_leaves_the_padding_out():
+    model = finetune.Classifier(Encoder(small()), 3, reading="patches").eval()
+    for block in model.encoder.blocks:  # each token stays by itself
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    x, steps = torch.randn(2, 1, 64, 128), torch.tensor([1, 3])
+    padded = x.clone()
+    padded[0, :, 16:], padded[1, :, 48:] = 5, -5
+    torch.testing.assert_close(model(x, steps), model(padded, steps))
+    assert not model(x).allclose(model(padded))
+    torch.testing.assert_close(model(x), model(x, torch.tensor([4, 4])))
+    model(x, steps).sum().backward()  # one time step does not deviate from itself
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_mixup_is_one_lambda_with_the_flipped_batch():
     x, targets = torch.randn(4, 1, 16, 128), torch.eye(4)
     mixed, labels = finetune.mixup(x, targets, 0.8, np.random.default_rng(0))
@@ -1807,7 +1821,8 @@ def test_spec_augment_masks_one_band_and_one_stretch_a_clip(way):
     else:
         recipe = FineTune(**{**finetune.RECIPES["spc2"], "spec_augment": 0.4})
         sound = torch.randn(200, 10_480), torch.full((200,), 10_480), torch.eye(200)
-        x, _ = finetune.augmented(*sound, small(), recipe, np.random.default_rng(0))
+        x, steps, _ = finetune.augmented(*sound, small(), recipe, np.random.default_rng(0))
+        assert steps.tolist() == [4] * 200
     masked = x[:, 0] == 0  # exactly
     assert not (masked[0] == masked[1]).all()
     bins, frames = masked.all(1), masked.all(2)
