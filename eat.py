@@ -321,7 +321,8 @@ class Decoder(nn.Module):
     def forward(self, x):  # (views, H, W, D)
         for conv in self.convs:
             y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels stay last in memory
-            x = x + F.gelu(self.norm(y))
+            # Under autocast the sum is kept in 16 bits, as y is: most tokens of a step are here.
+            x = (x + F.gelu(self.norm(y))).to(y.dtype)
         return self.proj(x)
 
 # ---- EAT: student, teacher, utterance-frame objective --------------------------------------------
