@@ -30,11 +30,13 @@ import tempfile
 import time
 import types
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -56,8 +58,7 @@ def option(default, help, **more):
 
 
 def check_numbers(settings):
-    """Refuse an int below 1, a float below 0, nan and inf, or what `least` and `most` of its option
-    say."""
+    """Refuse nan, inf, an int below 1, a float below 0, or what its `least` and `most` exclude."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         least = field.metadata.get("least", 1 if field.type is int else 0)
@@ -147,12 +148,9 @@ def sincos_positions(H, W, D, device=None):
     """Fixed 2-D sin-cos positions -> (H * W, D). The first D/2 channels tell the frequency column,
     the last D/2 the time row. They depend on row and column alone, so any length works."""
     omega = 1 / 10000.0 ** (torch.arange(D // 4, device=device) / (D // 4))
-
-    def encode(place):
-        return torch.cat([(place[:, None] * omega).sin(), (place[:, None] * omega).cos()], dim=1)
-
-    place = torch.arange(H * W, device=device)  # patches run row by row
-    return torch.cat([encode(place % W), encode(place // W)], dim=1)
+    place = torch.arange(H * W, device=device)[:, None]  # patches run row by row
+    column, row = place % W * omega, place // W * omega  # (H * W, D / 4)
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
 
 
 class PatchEmbedding(nn.Module):
@@ -240,11 +238,8 @@ class Encoder(nn.Module):
         """What goes into the first block: the normalised CLS token and (visible) patches."""
         x = self.patches(spectrogram)  # (B, N, D)
         if keep is not None:
-            B, C, K = keep.shape
-            D = x.shape[2]
-            # Repeat per clone (expand copies nothing), then drop what is masked.
-            clones = x[:, None].expand(-1, C, -1, -1)  # (B, C, N, D)
-            x = clones.gather(2, keep[..., None].expand(-1, -1, -1, D)).view(B * C, K, D)
+            # Repeat per clone (by broadcasting, which copies nothing), then drop what is masked.
+            x = x[:, None].take_along_dim(keep[..., None], dim=2).flatten(0, 1)  # (B * C, K, D)
         cls = self.cls.expand(len(x), -1, -1).to(x.dtype)  # CLS has no position
         return self.pre_norm(torch.cat([cls, x], dim=1))
 
@@ -292,14 +287,12 @@ def inverse_block_mask(clips, clones, grid, mask_ratio=EATConfig.mask_ratio,
         while N * share < mask_block**2 and mask_block > 1:
             mask_block -= 2
         blocks = int(N * share / mask_block**2)
-        row = torch.randint(H, (views, blocks, 1, 1), device=device)  # centres of the blocks
-        column = torch.randint(W, (views, blocks, 1, 1), device=device)
-        offset = torch.arange(mask_block, device=device) - mask_block // 2
-        row = (row + offset[:, None]).clamp(0, H - 1)  # (views, blocks, side, 1); ends at the edge
-        column = (column + offset).clamp(0, W - 1)  # (views, blocks, 1, side)
-        covered = (row * W + column).flatten(1)  # numbers of the patches in blocks
-        bonus = -1.0 if masking == "block" else 1.0
-        score = score + torch.zeros_like(score).scatter_(1, covered, bonus)
+        row = torch.randint(H, (views, blocks), device=device)  # centres of the blocks
+        column = torch.randint(W, (views, blocks), device=device)
+        covered = torch.zeros_like(score).scatter_(1, row * W + column, 1.0).view(views, 1, H, W)
+        # Each centre grows to its block, as far as the grid goes.
+        covered = F.max_pool2d(covered, mask_block, 1, mask_block // 2).flatten(1)
+        score = score - covered if masking == "block" else score + covered
     visible = score.topk(count_visible(N, mask_ratio), dim=1, sorted=False).indices
     mask = torch.ones(views, N, dtype=torch.bool, device=device).scatter_(1, visible, False)
     return mask.view(clips, clones, N)
@@ -435,8 +428,7 @@ class Recipe:
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
     steps: int = option(400_000, "optimizer updates; unless given, 20 passes over the data, but "
                         "at least 5,000 updates, and at most the release's")
-    hours: float = option(None, "instead of --steps: hours on this machine, by a trial of 30 steps",
-                          least=1e-9)
+    hours: float = option(None, "instead of --steps: hours, by a trial of 30 steps", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
     accumulate: int = option(1, "parts that a batch is split into, for less memory")
     lr: float = option(5e-4, "peak learning rate")
@@ -531,12 +523,11 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
-        state = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
-                 "step": step, "clips": len(clips), "processes": machine.world,
-                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scaler": scaler.state_dict()}
         if machine.rank == 0:
-            save_checkpoint(recipe.out, state, must)
+            save_checkpoint(recipe.out, {
+                "config": vars(config), "recipe": vars(recipe), "step": step, "clips": len(clips),
+                "processes": machine.world, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, must)
 
     with (stop_signals() as caught, contextlib.closing(log.bar),
           loading(clips, parts, machine.workers, device) as batches):
@@ -580,10 +571,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
                                  teacher_decay=recipe.teacher_decay(step))
                 recent = []
                 check_health(line, int(bad_in_a_row), recipe, machine)  # a spoilt run is not saved
-                if finished or stop:
-                    save(must=True)
-                elif save_due and not bad_in_a_row:
-                    save()
+                if finished or stop or (save_due and not bad_in_a_row):
+                    save(must=finished or stop)
             probe_due = finished or step % (recipe.probe_every or recipe.steps) == 0
             if labelled and probe_due and machine.rank == 0:
                 log.probed(step, probe(model.student, labelled, machine))
@@ -627,16 +616,14 @@ def read_features(encoder, x, steps):
     found = {}
     for count in steps.unique().tolist():  # the clips of one length at a time
         rows = steps == count
-        read = readings(encoder, x[rows, :, : count * PATCH], steps[rows])
-        for name, value in read.items():
+        for name, value in readings(encoder, x[rows, :, : count * PATCH], steps[rows]).items():
             found.setdefault(name, value.new_empty(len(x), value.shape[1]))[rows] = value
     return found
 
 
 def time_steps(samples, frames):
     """How many time steps of 16 frames, of a clip of `frames`, that many samples reach into."""
-    steps = (count_frames(samples) + PATCH - 1) // PATCH
-    return steps.clip(1, frames // PATCH)
+    return ((count_frames(samples) + PATCH - 1) // PATCH).clip(1, frames // PATCH)
 
 
 @torch.no_grad()
@@ -645,8 +632,7 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
     be read are missing, and named in clips.skipped."""
     parts, used = {}, []
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(32)]
-    workers = min(machine.workers, len(chunks))
-    with loading(clips, chunks, workers, machine.device) as batches:
+    with loading(clips, chunks, min(machine.workers, len(chunks)), machine.device) as batches:
         for batch in tqdm(batches, "clips", len(chunks), disable=None, leave=False):
             clips.skipped |= batch.skipped
             if not len(batch.numbers):
@@ -674,7 +660,6 @@ def nearest_neighbours(bank, bank_targets, queries, k=10):
 
 def probe(encoder, labelled, machine):
     """Accuracy of nearest neighbours over the folds of a Labelled data set, for each reading."""
-    encoder = copy.deepcopy(encoder).eval()  # the student in training keeps its mode
     clips = labelled.clips
     kinds, used = features(encoder, encoder.config, clips, range(len(clips)), machine)
     targets, found = labelled.targets(used.tolist()), {}
@@ -725,7 +710,8 @@ class Machine:
         if self.compile is None:  # on two CPU cores it took 80 s, and the steps then took longer
             self.compile = cuda and importlib.util.find_spec("triton") is not None
         if self.workers is None:
-            self.workers = min(8, max(1, os.cpu_count() // self.world - 1))
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+            self.workers = min(8, max(1, os.cpu_count() // processes - 1))
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
 
@@ -802,9 +788,8 @@ class Log:
         if machine.rank == 0 and os.path.exists(self.path):
             # Lines after the checkpoint of a resumed run will come again; spoilt ones go, too.
             keep = keep or (lambda line: 0 < step >= line["step"])
-            lines = [json.dumps(line) + "\n" for line in read_log(self.path) if keep(line)]
-            with open(self.path + ".part", "w") as file:
-                file.writelines(lines)
+            lines = [json.dumps(line) + "\n" for line in read_log(out) if keep(line)]
+            Path(self.path + ".part").write_text("".join(lines))
             os.replace(self.path + ".part", self.path)
 
     def write(self, step, recent, **more):
@@ -818,8 +803,7 @@ class Log:
         line = {"step": step, **means, "not_finite": int((~finite[:, -1]).sum()), **more,
                 "steps_per_second": steps / seconds, "skipped": len(self.clips.skipped)}
         self.append(line)
-        shown = ("loss", "frame_loss", "utterance_loss", "target_std", "prediction_std")
-        self.bar.set_postfix({k: line[k] for k in shown if line.get(k)}, refresh=False)
+        self.bar.set_postfix({k: x for k, x in means.items() if x}, refresh=False)
         self.bar.update(steps)
         if step >= 20 > self.step:  # soon, and without a terminal too: how long will it take?
             self.bar.refresh()
@@ -827,7 +811,7 @@ class Log:
         if new:
             self.named += len(new)
             self.say(f"skipped {self.named} so far; new: {describe_skipped(new)}")
-        if line["not_finite"]:
+        if line["not_finite"] and self.machine.rank == 0:
             self.say(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
                      "steps were not finite, and changed nothing")
         self.step, self.since = step, time.monotonic()
@@ -872,13 +856,12 @@ def check_health(line, bad_in_a_row, recipe, machine):
     raise RunStopped(f"stopped at step {line['step']}: {why}. The last good checkpoint: {kept}")
 
 
-def read_log(path):
-    """The lines of a log.jsonl, without those that a kill or a power cut spoilt."""
+def read_log(out):
+    """The lines of a run's log.jsonl, without those that a kill or a power cut spoilt."""
     lines = []
-    with open(path, "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
+    for line in Path(out, "log.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
@@ -910,21 +893,6 @@ def find_checkpoints(folder):
     """Those of a run, the newest first. A run killed between two renames has no last.pt."""
     paths = (os.path.join(folder, name) for name in ("last.pt", "previous.pt"))
     return [path for path in paths if os.path.exists(path)]
-
-
-def newest_checkpoint(folder):
-    """The newest of a run that is whole."""
-    paths = find_checkpoints(folder)
-    try:
-        return read_checkpoint(paths[0])
-    except UsageError as error:
-        if len(paths) == 1:
-            raise
-        state = read_checkpoint(paths[1])
-        print(f"warning  {error}; going on from {paths[1]}", file=sys.stderr)
-        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
-            os.replace(paths[0], os.path.join(folder, "damaged.pt"))  # not to become previous.pt
-        return state
 
 
 def read_checkpoint(path):
@@ -1056,8 +1024,7 @@ def sizes_of(model):
         raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
     D = len(encoder["patches.proj.weight"])
     blocks = {name.split(".")[1] for name in encoder if name.startswith("blocks.")}
-    sizes = {"dim": D, "depth": len(blocks),
-             "mlp_ratio": len(encoder["blocks.0.mlp.fc1.weight"]) / D}
+    sizes = {"dim": D, "depth": len(blocks), "mlp_ratio": len(encoder["blocks.0.mlp.fc1.bias"]) / D}
     if "decoder.convs.0.weight" in model:
         _, width, kernel, _ = model["decoder.convs.0.weight"].shape
         layers = sum(name.startswith("decoder.convs.") for name in model) // 2
@@ -1075,8 +1042,7 @@ def translate(model, teacher, settings):
     model |= {"teacher." + name: tensor for name, tensor in teacher.items()}
     config = dataclasses.asdict(EATConfig()) | sizes_of(model)
     config["heads"] = max(1, config["dim"] // 64)  # as in base and large, unless the file says
-    config |= {FIELDS[name]: value for name, value in settings.items()
-               if name in FIELDS and value is not None}
+    config |= {FIELDS[k]: x for k, x in settings.items() if k in FIELDS and x is not None}
     state = {"config": config, "model": model}
     if "head.weight" in model:
         classes = [str(k) for k in range(len(model["head.weight"]))]
@@ -1104,8 +1070,7 @@ def read_hugging_face(path):
     with safetensors.safe_open(file, "pt") as tensors:
         config = json.loads((tensors.metadata() or {}).get("config", "{}"))
     if not config and os.path.exists(beside):
-        with open(beside) as text:
-            config = json.load(text)
+        config = json.loads(Path(beside).read_text())
     settings = {**config, "target_length": config.get("img_size", [None])[0]}
     tensors = {name: x.float() for name, x in safetensors.torch.load_file(file).items()}
     state = translate(tensors, {}, settings)
@@ -1126,22 +1091,20 @@ def export(checkpoint, target, note=""):
     config, tensors = EATConfig(**state["config"]), {}
     head = {name: x for name, x in state["model"].items() if name.startswith(("fc_norm.", "head."))}
     for name, tensor in {**encoder_of(state["model"]), **head}.items():
-        for ours in ("cls", "patches.proj"):
-            name = name.replace(ours, RENAMED[ours])
+        name = name.replace("cls", RENAMED["cls"]).replace("patches.proj", RENAMED["patches.proj"])
         tensors["model." + name] = tensor.contiguous()
     classes = state.get("classes")
     settings = {
-        "architectures": ["EATModel"], "model_type": "eat", "embed_dim": config.dim,
-        "depth": config.depth, "num_heads": config.heads, "patch_size": PATCH, "stride": PATCH,
-        "in_chans": 1, "mel_bins": MEL_BINS, "max_length": 768, "mlp_ratio": config.mlp_ratio,
-        "qkv_bias": True, "drop_rate": 0.0, "attn_drop_rate": 0.0, "activation_dropout": 0.0,
-        "post_mlp_drop": 0.0, "start_drop_path_rate": 0.0, "end_drop_path_rate": 0.0,
-        "layer_norm_first": False, "norm_eps": config.norm_eps, "norm_affine": True,
-        "fixed_positions": True, "img_size": [config.frames, MEL_BINS], "torch_dtype": "float32",
-        "model_variant": "finetune" if classes else "pretrain",
+        "architectures": ["EATModel"], "model_type": "eat", "patch_size": PATCH, "stride": PATCH,
+        "in_chans": 1, "mel_bins": MEL_BINS, "max_length": 768, "qkv_bias": True, "drop_rate": 0.0,
+        "attn_drop_rate": 0.0, "activation_dropout": 0.0, "post_mlp_drop": 0.0,
+        "start_drop_path_rate": 0.0, "end_drop_path_rate": 0.0, "layer_norm_first": False,
+        "norm_affine": True, "fixed_positions": True, "img_size": [config.frames, MEL_BINS],
+        "torch_dtype": "float32", "model_variant": "finetune" if classes else "pretrain",
         "num_classes": len(classes) if classes else 527,
-        # What the release's files do not say: statistics, what the head reads, and the classes.
-        "norm_mean": config.mean, "norm_std": config.std, "reading": state.get("reading", "CLS"),
+        # Of these the release's files say sizes alone; nor do they say what the head reads.
+        **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+        "reading": state.get("reading", "CLS"),
     }
     if classes:
         kind = "multi" if state["multi_label"] else "single"
@@ -1151,16 +1114,13 @@ def export(checkpoint, target, note=""):
         make_folder(os.path.dirname(target) or ".")
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
         about = {"format": "pt", "config": json.dumps(settings), "note": note}
-        with open(target, "wb") as file:
-            file.write(save(tensors, about))
+        Path(target).write_bytes(save(tensors, about))
     else:
         make_folder(target)
         # The release tabulates the positions of 768 rows, about 2 minutes.
         tensors["model." + POSITIONS] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]
-        with open(os.path.join(target, "model.safetensors"), "wb") as file:
-            file.write(save(tensors, {"format": "pt"}))
-        with open(os.path.join(target, "config.json"), "w") as file:
-            json.dump(settings, file, indent=1)
+        Path(target, "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+        Path(target, "config.json").write_text(json.dumps(settings, indent=1))
     print(target)
 
 # ---- Learning curves, and a benchmark ------------------------------------------------------------
@@ -1169,7 +1129,7 @@ def export(checkpoint, target, note=""):
 def plot(out):
     """Draw the learning curves of a run from its log.jsonl."""
     path = os.path.join(out, "log.jsonl")
-    lines = read_log(path) if os.path.exists(path) else []
+    lines = read_log(out) if os.path.exists(path) else []
     if not lines:
         raise UsageError(f"{path}: no log, or nothing in it yet; a run writes it into its --out")
     panels = {"loss": ("frame_loss", "utterance_loss"), "gradient norm": ("grad_norm",),
@@ -1198,8 +1158,9 @@ def bench(**given):
     machine = settings(Machine, given)
     if machine.world > 1:
         raise UsageError("bench runs in one process: start it without torchrun")
-    with FlopCounterMode(display=False) as counter:
-        EAT(config)(torch.randn(1, 1, config.frames, MEL_BINS))["loss"].backward()
+    # On "meta" nothing is computed. (On a CPU the counter leaves the fused attention out.)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        EAT(config)(torch.empty(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
     # A source of clips that are read in no time.
     sound = types.SimpleNamespace(packed=True, read=lambda file, start, count: torch.rand(count))
@@ -1207,49 +1168,62 @@ def bench(**given):
     with tempfile.TemporaryDirectory() as out:
         every = max(1, recipe.steps // 5)
         train(config, dataclasses.replace(recipe, out=out, log_every=every), clips, machine)
-        lines = read_log(os.path.join(out, "log.jsonl"))[-4:]  # the first has compiling in it
+        lines = read_log(out)[-4:]  # the first has compiling in it
     taken = 1 / np.median([line["steps_per_second"] for line in lines])
-    size = 8192 if machine.device.type == "cuda" else 2048
-    square = torch.randn(size, size, device=machine.device).to(machine.dtype)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        (square @ square)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    rate = 2 * size**3 / np.median(seconds)
     found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,
-             "clips_per_second": recipe.batch_size / taken, "step_tflops": flops / taken / 1e12,
-             "matrix_tflops": rate / 1e12, "share_of_matrix_rate": flops / taken / rate}
+             "clips_per_second": recipe.batch_size / taken, "step_tflops": flops / taken / 1e12}
     if machine.device.type == "cuda":
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    size = 8192 if machine.device.type == "cuda" else 2048
+    square = torch.randn(size, size, device=machine.device).to(machine.dtype)
+    timer = Timer("square @ square", globals={"square": square},
+                  num_threads=torch.get_num_threads())
+    rate = 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
+    found |= {"matrix_tflops": rate / 1e12, "share_of_matrix_rate": flops / taken / rate}
     print(json.dumps(found, indent=1))
 
 # ---- Command line --------------------------------------------------------------------------------
 
 # What a resumed run may be given anew: nothing that changes what it computes.
-MAY_CHANGE = {"data", "out", "resume", "accumulate", "log_every", "save_every", "probe",
-              "probe_every"}
+MAY_CHANGE = set("data out resume accumulate log_every save_every probe probe_every".split())
 
 
 def settings(kind, *values):
     """A dataclass of those of some dicts' values that are its fields; where several dicts have one,
     the last counts. Raises UsageError."""
-    given = {name: value for each in values for name, value in each.items()}
     try:
-        return kind(**{field.name: given[field.name] for field in dataclasses.fields(kind)
-                       if field.name in given})
+        return kind(**{name: value for each in values for name, value in each.items()
+                       if name in kind.__dataclass_fields__})
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def resume(kind, state, given, out):
-    """The recipe of a run that goes on as it began."""
+def resume(given, own):
+    """The newest checkpoint of the run in --out, which goes on as it began; None where there is no
+    run. `own` is what only this program's checkpoints have."""
+    out, paths = given["out"], find_checkpoints(given["out"])
+    if not paths:
+        return None
+    if not given.get("resume"):
+        raise UsageError(f"{out} holds a run already: --resume goes on with it, another --out "
+                         "starts beside it")
+    try:
+        state = read_checkpoint(paths[0])
+    except UsageError as error:
+        if len(paths) == 1:
+            raise
+        state = read_checkpoint(paths[1])
+        print(f"warning  {error}; going on from {paths[1]}", file=sys.stderr)
+        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
+            os.replace(paths[0], os.path.join(out, "damaged.pt"))  # not to become previous.pt
+    if own not in state:
+        raise UsageError(f"{out}: not a run of this program")
+    known = {**state["config"], **state["recipe"]}
     for name, value in given.items():
-        known = {**state["config"], **state["recipe"]}
         if name in known and name not in MAY_CHANGE and value != known[name]:
             raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {out} has "
                              f"{known[name]}, and keeps it; start another with another --out")
-    return settings(kind, state["recipe"], {k: v for k, v in given.items() if k in MAY_CHANGE})
+    return state
 
 
 def choose_preset(given, machine):
@@ -1271,8 +1245,7 @@ def choose_steps(recipe, config, clips, machine):
             trial = dataclasses.replace(recipe, steps=30, out=out, log_every=10)
             if train(config, trial, clips, machine):
                 raise KeyboardInterrupt
-            log = os.path.join(out, "log.jsonl")
-            rate = read_log(log)[-1]["steps_per_second"] if machine.rank == 0 else 0.0
+            rate = read_log(out)[-1]["steps_per_second"] if machine.rank == 0 else 0.0
         return max(1, int(recipe.hours * 3600 * machine.reduce(rate, "MAX")))
     # 20 passes over the data, as many as the authors gave their large model, but no fewer than
     # 5,000 steps, which a teacher needs to get ahead of random weights; and no more than the
@@ -1280,8 +1253,11 @@ def choose_steps(recipe, config, clips, machine):
     return min(Recipe.steps, max(5000, 20 * len(clips) // recipe.batch_size))
 
 
-def settle(given, machine):
-    """Flags of a new run -> (EATConfig, Recipe, Clips)."""
+def settle(given, machine, resumed=None):
+    """Flags, and the checkpoint of a run to go on with -> (EATConfig, Recipe, Clips)."""
+    if resumed:
+        config, recipe = EATConfig(**resumed["config"]), settings(Recipe, resumed["recipe"], given)
+        return config, recipe, open_clips(recipe.data, config.frames, recipe.seed)
     if "data" not in given:
         raise UsageError("--data is missing: a folder of sound, or 'demo'")
     preset = given.get("preset") or choose_preset(given, machine)
@@ -1298,21 +1274,7 @@ def settle(given, machine):
     return config, settings(Recipe, values), clips
 
 
-def go_on(given, machine):
-    """Flags of a run to resume -> (EATConfig, Recipe, Clips, its newest checkpoint)."""
-    state = newest_checkpoint(given["out"])
-    if "processes" not in state:
-        raise UsageError(f"{given['out']}: not a run of eat.py")
-    recipe, config = resume(Recipe, state, given, given["out"]), EATConfig(**state["config"])
-    clips = open_clips(recipe.data, config.frames, recipe.seed)
-    for name, now in (("clips", len(clips)), ("processes", machine.world)):
-        if state[name] != now and machine.rank == 0:
-            print(f"warning  the run began with {state[name]:,} {name}, and now has {now:,}: from "
-                  "here on it is another than it would have been", file=sys.stderr)
-    return config, recipe, clips, state
-
-
-def describe(config, recipe, clips, machine):
+def describe(config, recipe, clips, machine, labelled, resumed):
     """The run in a few lines, with every number that was derived."""
     encoder, decoder = (sum(p.numel() for p in part(config).parameters()) / 1e6
                         for part in (Encoder, Decoder))
@@ -1327,7 +1289,18 @@ def describe(config, recipe, clips, machine):
     print(f"recipe   {recipe.steps:,} steps x {recipe.batch_size} clips = {passes:.1f} passes over "
           f"the data; learning rate {recipe.lr:.3g} after {recipe.warmup_steps:,} steps; teacher's "
           f"decay {recipe.ema_decay} to {recipe.ema_end_decay}; seed {recipe.seed}")
-    print(f"machine  {machine}", flush=True)
+    print(f"machine  {machine}")
+    if labelled:
+        same = recipe.probe == recipe.data != "demo"
+        print(f"probe    {labelled}; chance {1 / len(labelled.classes):.0%}"
+              + ", the very sound it is trained on" * same)
+    if resumed:
+        print(f"resumed  at step {resumed['step']:,}")
+        for name, now in (("clips", len(clips)), ("processes", machine.world)):
+            if resumed[name] != now:
+                print(f"warning  the run began with {resumed[name]:,} {name}, and now has {now:,}: "
+                      "from here on it is another than it would have been", file=sys.stderr)
+    sys.stdout.flush()
 
 
 def pretrain(**given):
@@ -1337,14 +1310,8 @@ def pretrain(**given):
         # Its 600 steps are shorter than compiling them.
         defaults = {"out": "out-demo", "probe": "demo", "compile": False}
     given = {**defaults, **given}
-    machine, resumed = settings(Machine, given), None
-    if not find_checkpoints(given["out"]):
-        config, recipe, clips = settle(given, machine)
-    elif given.get("resume"):
-        config, recipe, clips, resumed = go_on(given, machine)
-    else:
-        raise UsageError(f"{given['out']} holds a run already: --resume goes on with it, another "
-                         "--out starts beside it")
+    machine, resumed = settings(Machine, given), resume(given, "processes")
+    config, recipe, clips = settle(given, machine, resumed)
     if recipe.probe_every and not recipe.probe:
         raise UsageError("--probe-every: --probe must name the labelled sound to probe on")
     labelled = recipe.probe and open_labelled(recipe.probe, config.frames, seed=recipe.seed)
@@ -1352,13 +1319,7 @@ def pretrain(**given):
         raise UsageError(f"--probe {recipe.probe}: nearest neighbours need one label a clip")
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
-            describe(config, recipe, clips, machine)
-            if labelled:
-                same = recipe.probe == recipe.data != "demo"
-                print(f"probe    {labelled}; chance {1 / len(labelled.classes):.0%}"
-                      + ", the very sound it is trained on" * same)
-            if recipe.resume:
-                print(f"resumed  at step {resumed['step'] if resumed else 0:,}", flush=True)
+            describe(config, recipe, clips, machine, labelled, resumed)
         stopped = train(config, recipe, clips, machine, resumed, labelled)
     if machine.world > 1:
         torch.distributed.destroy_process_group()

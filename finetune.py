@@ -817,16 +817,11 @@ def settle(given):
     """Flags -> (FineTune, EATConfig, Labelled, the encoder's tensors or None, the checkpoint to go
     on from or None)."""
     given = {"out": f"out-{given.get('mode', FineTune.mode)}", **given}
-    out, resumed = given["out"], None
-    if eat.find_checkpoints(out) and given.get("resume"):
-        resumed = eat.newest_checkpoint(out)
-        if "start" not in resumed:
-            raise UsageError(f"{out}: not a run of finetune.py")
-        eat.resume(FineTune, resumed, given, out)  # refuses what would change the run
+    out, resumed = given["out"], eat.resume(given, "start")
+    if resumed:
         given = {**resumed["recipe"], **given}
-    elif eat.find_checkpoints(out) or os.path.exists(os.path.join(out, "results.json")):
-        raise UsageError(f"{out} holds results already: --resume goes on with fine-tuning, another "
-                         "--out starts beside it")
+    elif os.path.exists(os.path.join(out, "results.json")):
+        raise UsageError(f"{out} holds results already: another --out starts beside them")
     if not given.get("data"):
         raise UsageError("--data is missing: a labelled data set, or 'demo'")
     start, tensors = EATConfig.preset(given.get("preset", FineTune.preset)), None
