@@ -22,6 +22,7 @@ import signal
 import sys
 import typing
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -49,11 +50,8 @@ class AudioError(UsageError):
     """A path that cannot be used as sound, and the reason."""
 
     def __init__(self, path, reason):
-        super().__init__(path, reason)
         self.path, self.reason = str(path), reason
-
-    def __str__(self):
-        return f"{printable(self.path)}: {self.reason}"
+        super().__init__(f"{printable(self.path)}: {reason}")
 
 
 def printable(name):
@@ -77,23 +75,17 @@ def load_audio(path, start=0.0, seconds=math.inf):
     finite. A part is found by seeking, and costs no more memory than it has samples. Raises
     AudioError."""
     blocks = []
-    with opened(path) as file:
+    with opened(path) as file, np.errstate(all="ignore"):  # what is not finite is found below
         rate = file.samplerate
         file.seek(round(start * rate))
         left = math.ceil(seconds * rate) if seconds < math.inf else file.frames
         most = (1 << 22) // file.channels  # block by block: a header may claim any length
-        while left > 0:
-            block = file.read(min(left, most), dtype="float32", always_2d=True)
-            if not len(block):
-                break
-            with np.errstate(all="ignore"):  # what is not finite is found below
-                blocks.append(block.mean(axis=1))
+        while left > 0 and len(block := file.read(min(left, most), "float32", always_2d=True)):
+            blocks.append(block.mean(axis=1))
             left -= len(block)
     if not blocks:
         raise AudioError(path, "holds no samples")
-    waveform = torch.from_numpy(np.concatenate(blocks))
-    if rate != SAMPLE_RATE:
-        waveform = _resampler(rate)(waveform)
+    waveform = _resampler(rate)(torch.from_numpy(np.concatenate(blocks)))
     if not waveform.isfinite().all():
         raise AudioError(path, "holds samples that are not finite numbers")
     return waveform
@@ -123,8 +115,7 @@ def _resampler(rate):
     """To 16 kHz. The filter grows with the terms of the ratio of the rates, and from 44,101 Hz
     (real files have it) takes 80 s to build. So the ratio is rounded to terms of at most 1,000.
     That shifts the pitch by less than a cent (6e-4), and by nothing for the usual rates."""
-    ratio = Fraction(*sorted((rate, SAMPLE_RATE))).limit_denominator(1000)
-    low, high = ratio.numerator, ratio.denominator
+    low, high = Fraction(*sorted((rate, SAMPLE_RATE))).limit_denominator(1000).as_integer_ratio()
     terms = (low, high) if rate < SAMPLE_RATE else (high, low)
     return torchaudio.transforms.Resample(*terms)
 
@@ -207,7 +198,6 @@ class Batch(typing.NamedTuple):
     lengths: torch.Tensor  # (B,): how many samples are sound
     numbers: torch.Tensor  # (B,) of the clips
     skipped: dict  # what could not be used: path -> reason
-    wanted: int  # how many clips were asked for
 
 
 class Clips(Dataset):
@@ -262,13 +252,12 @@ class Clips(Dataset):
                     skipped[error.path] = error.reason
             if self.replace and not used:
                 break  # none of all the clips can be used
-        if any(row.dtype != torch.int16 for row in rows):
-            rows = [as_float(row) for row in rows]
-        waveforms = torch.zeros(len(rows), self.samples, dtype=rows[0].dtype if rows else None)
+        short = all(row.dtype == torch.int16 for row in rows)
+        waveforms = torch.zeros(len(rows), self.samples, dtype=torch.int16 if short else None)
         for waveform, row in zip(waveforms, rows):
-            waveform[: len(row)] = row
+            waveform[: len(row)] = row if short else as_float(row)
         lengths = torch.tensor([len(row) for row in rows])
-        return Batch(waveforms, lengths, torch.tensor(used), skipped, len(numbers))
+        return Batch(waveforms, lengths, torch.tensor(used), skipped)
 
     def advice(self):
         """A remark on the length of a clip, where most of them are much shorter."""
@@ -320,6 +309,15 @@ class SoundFiles:
                 self.ends[file] = start
             raise
 
+    def __getitem__(self, file):
+        """All of a file, for a pack: int16 samples, their unit, and the reason where none are."""
+        try:
+            waveform = load_audio(self.names[file])
+        except AudioError as error:
+            return torch.zeros(0, dtype=torch.int16), 1 / 32768, error.reason
+        unit = max(1.0, waveform.abs().max().item()) / 32768
+        return (waveform / unit).round().clamp(-32768, 32767).short(), unit, None
+
 
 def find_audio(path):
     """The sound files that `path` stands for, sorted: a folder, searched recursively; a sound file;
@@ -356,8 +354,7 @@ def find_audio(path):
 def read_lines(path):
     """The lines of a text file that are not empty, whatever ends them; no byte-order mark."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line for line in file.read().splitlines() if line.strip()]
+        return [line for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError):
         raise AudioError(path, "cannot be read: no folder, no sound, no text") from None
 
@@ -366,10 +363,10 @@ def open_clips(path, frames, seed=0):
     """`path` ("demo", a pack, or as in `find_audio`) -> Clips of `frames` frames."""
     if path == "demo":
         return Clips(Demo(frames, seed), frames)
-    clips = Clips(Pack(path) if is_pack(path) else SoundFiles(find_audio(path)), frames)
+    packed = os.path.exists(os.path.join(path, "pack.json"))
+    clips = Clips(Pack(path) if packed else SoundFiles(find_audio(path)), frames)
     if not len(clips):
-        reasons = describe_skipped(clips.skipped)
-        raise AudioError(path, f"none of its files can be used; {reasons}")
+        raise AudioError(path, "none of its files can be used; " + describe_skipped(clips.skipped))
     return clips
 
 
@@ -418,19 +415,14 @@ def _settle_worker(_):
     """The main process decides when to stop: a signal that reaches its workers too (from a
     terminal, or to all that is called eat.py) does nothing. They end when the loader is shut down,
     or when they find that their parent has gone."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        signal.signal(number, signal.SIG_IGN)  # Windows has no SIGHUP
 
 # ---- Packed sound: decoded and resampled once ----------------------------------------------------
 # A pack is a folder of two files. `samples` holds the samples of all files, 16 kHz mono int16, end
 # to end. `pack.json`, written last, has the names of the files, where in `samples` each ends, and
 # the float value of a sample of 1 in each; and what was packed, and what was skipped. A file that
 # cannot be read has no samples.
-
-
-def is_pack(path):
-    return os.path.exists(os.path.join(path, "pack.json"))
 
 
 def pack(source, out, workers):
@@ -440,47 +432,27 @@ def pack(source, out, workers):
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
     paths = sum(map(find_audio, lists), []) if manifests else find_audio(source)
-    about = {"source": os.path.abspath(source), "names": [os.path.abspath(path) for path in paths],
-             "ends": [], "units": [], "skipped": {}}
-    end = 0
+    names = [os.path.abspath(path) for path in paths]
+    ends, units, skipped = [], [], {}
     if os.path.isdir(out) and set(os.listdir(out)) - {"samples", "lock", "pack.json.part"}:
         raise AudioError(out, "holds a pack, or something else, already; choose another folder")
-    with lock(out):
-        device = torch.device("cpu")
-        with (open(os.path.join(out, "samples"), "wb") as samples,
-              loading(_Decoded(paths), range(len(paths)), workers, device) as decoded):
-            for path, (sound, unit, reason) in zip(tqdm(paths, "packing", disable=None), decoded):
-                if reason:
-                    about["skipped"][os.path.abspath(path)] = reason
-                samples.write(sound.numpy().tobytes())
-                end += len(sound)
-                about["ends"].append(end)
-                about["units"].append(unit)
-            samples.flush()
-            os.fsync(samples.fileno())
-        with open(os.path.join(out, "pack.json.part"), "w") as file:
-            json.dump(about, file)
-        os.replace(file.name, os.path.join(out, "pack.json"))
-    print(f"{out}: {len(paths):,} files, {end / SAMPLE_RATE / 3600:.2f} hours")
-    if about["skipped"]:
-        print(f"skipped {len(about['skipped'])}: {describe_skipped(about['skipped'])}")
-
-
-class _Decoded(Dataset):
-    """Files as they go into a pack: int16 samples, their unit, and the reason where none are."""
-
-    packed = False
-
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __getitem__(self, number):
-        try:
-            waveform = load_audio(self.paths[number])
-        except AudioError as error:
-            return torch.zeros(0, dtype=torch.int16), 1 / 32768, error.reason
-        unit = max(1.0, waveform.abs().max().item()) / 32768
-        return (waveform / unit).round().clamp(-32768, 32767).short(), unit, None
+    with (lock(out), open(os.path.join(out, "samples"), "wb") as samples,
+          loading(SoundFiles(names), range(len(names)), workers, torch.device("cpu")) as decoded):
+        for name, (sound, unit, reason) in zip(tqdm(names, "packing", disable=None), decoded):
+            samples.write(sound.numpy().tobytes())
+            ends.append(samples.tell() // 2)
+            units.append(unit)
+            if reason:
+                skipped[name] = reason
+        samples.flush()
+        os.fsync(samples.fileno())
+        about = {"source": os.path.abspath(source), "names": names, "ends": ends, "units": units,
+                 "skipped": skipped}
+        Path(out, "pack.json.part").write_text(json.dumps(about))
+        os.replace(os.path.join(out, "pack.json.part"), os.path.join(out, "pack.json"))
+    print(f"{out}: {len(names):,} files, {ends[-1] / SAMPLE_RATE / 3600:.2f} hours")
+    if skipped:
+        print(f"skipped {len(skipped)}: {describe_skipped(skipped)}")
 
 
 class Pack:
@@ -491,8 +463,7 @@ class Pack:
     def __init__(self, path):
         self.path = path
         try:
-            with open(os.path.join(path, "pack.json")) as file:
-                about = json.load(file)
+            about = json.loads(Path(path, "pack.json").read_text())
             self.source, self.names, self.skipped = (
                 about[part] for part in ("source", "names", "skipped"))
             self.ends, self.units = np.array(about["ends"]), np.array(about["units"])
@@ -570,7 +541,7 @@ class Demo:
 
 @dataclasses.dataclass
 class Labelled:
-    """Clips with labels, one clip a file."""
+    """Clips with labels, one clip a file. Where one cannot be used, no other takes its place."""
 
     kind: str  # "ESC-50", "Speech Commands", "AudioSet manifests", "folder of classes", "demo"
     clips: Clips
@@ -581,9 +552,7 @@ class Labelled:
     weights: torch.Tensor = None  # of every clip, for weighted sampling
 
     def __post_init__(self):
-        several = any(len(labels) != 1 for labels in self.labels)
-        self.multi_label = several or self.kind == "AudioSet manifests"
-        self.clips.replace = False  # never by a clip of another label, or of the test fold
+        self.multi_label = self.kind == "AudioSet manifests"
 
     def split(self, fold, used):
         """Which of the clips `used` a fold trains on, and which it tests on. Raises UsageError."""
@@ -626,8 +595,8 @@ def open_labelled(path, frames, esc10=False, seed=0):
         tested = torch.from_numpy(stratified_fifth(demo.labels, seed))
         folds = {"held-out fifth": ((~tested).nonzero().flatten(), tested.nonzero().flatten())}
         labels = [(label,) for label in demo.labels.tolist()]
-        return Labelled("demo", Clips(demo, frames), labels, demo.classes, folds)
-    source = Pack(path) if is_pack(path) else None
+        return Labelled("demo", Clips(demo, frames, range(1200)), labels, demo.classes, folds)
+    source = Pack(path) if os.path.exists(os.path.join(path, "pack.json")) else None
     if source:  # the labels are where the sound was packed from
         path = source.source
     if not os.path.isdir(path):
@@ -642,7 +611,9 @@ def open_labelled(path, frames, esc10=False, seed=0):
         if all(os.path.exists(os.path.join(path, sign)) for sign in signs):
             break
     try:
-        kind, rows, classes, folds, *weights = opener(path, esc10, seed)
+        kind, rows, classes, *weights = opener(path, esc10, seed)
+        number = {name: k for k, name in enumerate(classes)}
+        labels = [tuple(number[label] for label in names) for _, names, _ in rows]
     except AudioError:
         raise
     except (LookupError, TypeError, ValueError, csv.Error) as error:
@@ -652,84 +623,75 @@ def open_labelled(path, frames, esc10=False, seed=0):
     if not source:
         source = SoundFiles(list(filter(os.path.isfile, dict.fromkeys(names))))
     file_of = {name: k for k, name in enumerate(source.names)}
-    keep = [k for k, name in enumerate(names) if name in file_of]
+    keep = [k for k, name in enumerate(names) if name in file_of and labels[k]]
     missing = sorted(set(names) - file_of.keys())
     notes = []
     if missing:
         notes.append(f"{len(missing)} labels have no clip: {describe_few(missing)}")
     places = np.array([rows[k][2] for k in keep])
-    absent = sorted({1, 2, 3, 4, 5} - set(places.tolist())) if kind.startswith("ESC") else []
-    if absent:
-        notes.append(f"no clips of fold {', '.join(map(str, absent))}: not five folds")
-    if not folds:
-        raise AudioError(path, f"{kind} with one fold or none: nothing to test on")
-    numbers = {}
-    for fold, parts in folds.items():
-        numbers[fold] = tuple(torch.from_numpy(np.flatnonzero(np.isin(places, list(part))))
-                              for part in parts)
-        if not all(map(len, numbers[fold])):
-            raise AudioError(path, f"{kind}: no clips to train on, or none to test on ({fold})")
+    folds = {}
+    for fold in sorted(set(places.tolist()) - {"train", "validation"}):
+        tested = places == fold
+        trained = ~tested if kind.startswith("ESC") else places == "train"
+        folds[fold] = tuple(torch.from_numpy(np.flatnonzero(part)) for part in (trained, tested))
+    if not folds or not all(len(train) for train, _ in folds.values()):
+        raise AudioError(path, f"{kind}: no clips to train on, or to test on (one fold or none)")
+    absent = [str(k) for k in range(1, 6) if f"fold {k}" not in folds]
+    if absent and kind.startswith("ESC"):
+        notes.append(f"no clips of fold {', '.join(absent)}: not five folds")
     clips = Clips(source, frames, [file_of[names[k]] for k in keep])
     weights = weights[0][keep] if weights else None
-    return Labelled(kind, clips, [rows[k][1] for k in keep], classes, numbers, notes, weights)
+    return Labelled(kind, clips, [labels[k] for k in keep], classes, folds, notes, weights)
 
 
-# Each opener -> kind, rows of (path, class numbers, place), names of the classes, and folds: name
-# -> (places to train on, places to test on).
+# Each opener -> kind, rows of (path, names of its classes, place), and the names of all classes. A
+# place is "train", "validation" (left alone), or the name of the fold whose test clip it is.
 
 
 def _esc(path, esc10, _):
     """ESC-50's folder: `meta/esc50.csv` says which clips there are, and which are ESC-10's."""
     table = list(csv.DictReader(read_lines(os.path.join(path, "meta", "esc50.csv"))))
-    only_esc10 = all(row["esc10"] == "True" for row in table)
-    table = [row for row in table if not esc10 or row["esc10"] == "True"]
-    names = dict(sorted((int(row["target"]), row["category"]) for row in table))
-    number = {target: k for k, target in enumerate(names)}
-    rows = [(os.path.join(path, "audio", row["filename"]), (number[int(row["target"])],),
-             int(row["fold"])) for row in table]
-    there = sorted({place for _, _, place in rows})
-    folds = {f"fold {k}": ([other for other in there if other != k], [k])
-             for k in there if len(there) > 1}
-    return "ESC-10" if esc10 or only_esc10 else "ESC-50", rows, list(names.values()), folds
+    kind = "ESC-10" if esc10 or all(row["esc10"] == "True" for row in table) else "ESC-50"
+    table = [row for row in table if kind == "ESC-50" or row["esc10"] == "True"]
+    classes = sorted({(int(row["target"]), row["category"]) for row in table})
+    rows = [(os.path.join(path, "audio", row["filename"]), [row["category"]],
+             f"fold {int(row['fold'])}") for row in table]
+    return kind, rows, [name for _, name in classes]
 
 
 def _speech_commands(path, *_):
     """Speech Commands: a folder a word, and two lists; what is on neither is for training."""
     place = {os.path.normpath(os.path.join(path, line.strip())): part
-             for part in ("validation", "testing")
-             for line in read_lines(os.path.join(path, f"{part}_list.txt"))}
-    clips, classes = _folders_of_classes(path)  # _background_noise_ is no class
-    rows = [(name, label, place.get(os.path.normpath(name), "training")) for name, label in clips]
-    there = {os.path.normpath(name) for name, _ in clips}
-    rows += [(name, (0,), part) for name, part in place.items() if name not in there]
-    return "Speech Commands", rows, classes, {"test list": (["training"], ["testing"])}
+             for name, part in (("validation", "validation"), ("testing", "test list"))
+             for line in read_lines(os.path.join(path, f"{name}_list.txt"))}
+    clips = _folders_of_classes(path)  # _background_noise_ is no class
+    rows = [(*clip, place.pop(os.path.normpath(clip[0]), "train")) for clip in clips]
+    rows += [(name, [], part) for name, part in place.items()]  # what is listed, but not there
+    return "Speech Commands", rows, sorted({word for _, (word,) in clips})
 
 
 def _manifests(path, *_):
     """The release's manifests: {train,eval}.tsv and .lbl, label_descriptors.csv and, where there is
     one, the sampling weight of each training clip."""
-    table = [row for row in csv.reader(read_lines(os.path.join(path, "label_descriptors.csv")))]
+    table = csv.reader(read_lines(os.path.join(path, "label_descriptors.csv")))
     classes = [row[1] for row in sorted(table, key=lambda row: int(row[0]))]
-    number, rows = {name: k for k, name in enumerate(classes)}, []
+    rows = []
     for part in ("train", "eval"):
-        labels = [line.split("\t")[1].split(",")
-                  for line in read_lines(os.path.join(path, f"{part}.lbl"))]
+        labels = [line.split("\t")[1].split(",") for line in read_lines(Path(path, part + ".lbl"))]
         names = find_audio(os.path.join(path, f"{part}.tsv"))
         if len(names) != len(labels):
             raise AudioError(path, f"{part}.tsv lists {len(names)} clips, {part}.lbl labels "
                                    f"{len(labels)}; is the folder in the first line there?")
-        rows += [(name, tuple(number[label] for label in clip), part)
-                 for name, clip in zip(names, labels)]
-    kind, folds = "AudioSet manifests", {"eval": (["train"], ["eval"])}
+        rows += [(name, clip, part) for name, clip in zip(names, labels)]
     found = sorted(name for name in os.listdir(path) if name.startswith("weight"))
     if not found:
-        return kind, rows, classes, folds
+        return "AudioSet manifests", rows, classes
     weights = torch.tensor([float(line) for line in read_lines(os.path.join(path, found[0]))])
     trained = sum(part == "train" for _, _, part in rows)
     if len(weights) != trained or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
         raise AudioError(path, f"{found[0]} must hold {trained} weights, one of at least 0 for "
                                "each training clip")
-    return kind, rows, classes, folds, F.pad(weights, (0, len(rows) - trained))
+    return "AudioSet manifests", rows, classes, F.pad(weights, (0, len(rows) - trained))
 
 
 def _class_folders(path, _, seed):
@@ -737,30 +699,28 @@ def _class_folders(path, _, seed):
     to test on."""
     parts = [part for part in ("train", "val", "test") if os.path.isdir(os.path.join(path, part))]
     if "train" in parts and len(parts) > 1:
-        found = {part: _folders_of_classes(os.path.join(path, part)) for part in parts}
-        classes = sorted({name for _, names in found.values() for name in names})
-        rows = [(name, (classes.index(names[label]),), part)
-                for part, (clips, names) in found.items() for name, (label,) in clips]
-        return "folder of classes", rows, classes, {parts[-1]: (["train"], [parts[-1]])}
-    clips, classes = _folders_of_classes(path)
+        rows = [(*clip, part) for part in ("train", parts[-1])
+                for clip in _folders_of_classes(os.path.join(path, part))]
+    else:
+        clips = _folders_of_classes(path)
+        tested = stratified_fifth([name for _, (name,) in clips], seed)
+        fold = f"fifth of each class, seed {seed}"
+        rows = [(*clip, fold if test else "train") for clip, test in zip(clips, tested)]
+    classes = sorted({name for _, (name,), _ in rows})
     if len(classes) < 2:
         raise AudioError(path, "no labelled data set: expected ESC-50, Speech Commands, the "
                                "release's manifests, or a folder for each of several classes")
-    tested = stratified_fifth([label for _, (label,) in clips], seed)
-    rows = [(*clip, "test" if test else "train") for clip, test in zip(clips, tested)]
-    folds = {f"fifth of each class, seed {seed}": (["train"], ["test"])}
-    return "folder of classes", rows, classes, folds
+    return "folder of classes", rows, classes
 
 
 def _folders_of_classes(path):
-    """-> (clip, (class number,)) of every clip, and the classes' names."""
-    classes, rows = [], []
+    """-> (clip, [name of its class]) of every clip."""
+    clips = []
     for name in sorted(os.listdir(path)):
         if os.path.isdir(os.path.join(path, name)) and not name.startswith(("_", ".")):
             with contextlib.suppress(AudioError):  # no sound in it
-                rows += [(clip, (len(classes),)) for clip in find_audio(os.path.join(path, name))]
-                classes.append(name)
-    return rows, classes
+                clips += [(clip, [name]) for clip in find_audio(os.path.join(path, name))]
+    return clips
 
 
 def stratified_fifth(labels, seed):
@@ -793,13 +753,12 @@ class Parser(argparse.ArgumentParser):
         """A flag for every field of some dataclasses. The result holds those that were given."""
         for kind in kinds:
             group = self.add_argument_group(kind.__name__, kind.__doc__)
-            types = typing.get_type_hints(kind)
             for field in dataclasses.fields(kind):
-                how = {"type": types[field.name], "choices": field.metadata.get("choices")}
-                if types[field.name] is bool:
+                how = {"type": field.type, "choices": field.metadata.get("choices")}
+                if field.type is bool:
                     how = {"action": argparse.BooleanOptionalAction}
                 elif not how["choices"]:
-                    how["metavar"] = types[field.name].__name__.upper()
+                    how["metavar"] = field.type.__name__.upper()
                 default = "" if field.default in (None, False) else f" [{field.default}]"
                 group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                                    help=field.metadata["help"] + default, **how)
@@ -830,7 +789,8 @@ def run(program, job):
     if "pytest" not in sys.modules:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name) or open(os.devnull, "w")
-            stream.reconfigure(errors="backslashreplace")  # names need not be in its encoding
+            if hasattr(stream, "reconfigure"):  # a notebook's has not
+                stream.reconfigure(errors="backslashreplace")  # names need not be in its encoding
             setattr(sys, name, Output(stream))
     try:
         return job() or 0
@@ -894,12 +854,11 @@ def lock(folder):
 
 
 def main(argv=None):
-    parser = Parser(prog="data.py", description="Sound as EAT reads it.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    packer = commands.add_parser("pack", help="decode a folder's sound once, for every run after")
-    packer.add_argument("path", help="a folder of sound, a file, or a list of files")
-    packer.add_argument("out", help="the folder to write, which is then a --data")
-    packer.add_argument("--workers", type=int, choices=range(65), default=min(64, os.cpu_count()),
+    parser = Parser(prog="data.py", description="Decode sound once, for every run after.")
+    parser.add_argument("command", choices=["pack"])
+    parser.add_argument("path", help="a folder of sound, a file, or a list of files")
+    parser.add_argument("out", help="the folder to write, which is then a --data")
+    parser.add_argument("--workers", type=int, choices=range(65), default=min(64, os.cpu_count()),
                         metavar="INT", help="processes that decode [%(default)s]")
     args = parser.parse_args(argv)
     return run("data.py", lambda: pack(args.path, args.out, args.workers))

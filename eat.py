@@ -537,7 +537,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
             for _ in range(recipe.accumulate):
                 batch = next(batches)
                 clips.skipped |= batch.skipped
-                if len(batch.numbers) < batch.wanted:
+                if not len(batch.numbers):
                     save(must=True)
                     raise UsageError(f"{recipe.data}: no clip can be used any more; "
                                      + describe_skipped(batch.skipped))
@@ -652,7 +652,7 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
 def nearest_neighbours(bank, bank_targets, queries, k=10):
     """Scores (m, classes) of queries (m, F): the k nearest of the bank (n, F) vote for what they
     are, bank_targets (n, classes), weighted by cosine similarity of standardised features."""
-    mean, std = bank.mean(0), bank.std(0) + 1e-6
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6
     bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
     similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     return (similarity[..., None] * bank_targets[nearest]).sum(1)

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -57,12 +58,10 @@ class Classifier(nn.Module):
 
     def forward(self, x, steps=None):
         if self.reading == "CLS":
-            read = self.encoder(x)[:, 0]
-        else:
-            if steps is None:
-                steps = torch.full((len(x),), x.shape[2] // PATCH, device=x.device)
-            read = eat.readings(self.encoder, x, steps)[self.reading]
-        return self.head(self.fc_norm(read))
+            return self.head(self.fc_norm(self.encoder(x)[:, 0]))
+        if steps is None:
+            steps = torch.full((len(x),), x.shape[2] // PATCH, device=x.device)
+        return self.head(self.fc_norm(eat.readings(self.encoder, x, steps)[self.reading]))
 
 
 def load_classifier(path):
@@ -243,9 +242,8 @@ def evaluate(scores, targets, classes, multi_label):
     if multi_label:
         each = average_precision(scores, targets)
     else:
-        confusion = torch.zeros(len(classes), len(classes), dtype=torch.long)  # rows: what it is
-        confusion.index_put_((targets.argmax(1), scores.argmax(1)), torch.tensor(1),
-                             accumulate=True)
+        pairs = targets.argmax(1) * len(classes) + scores.argmax(1)  # rows: what it is
+        confusion = pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1)
         each = confusion.diag() / confusion.sum(1)
         result["confusion"] = confusion.tolist()
     each = {name: None if math.isnan(x) else x for name, x in zip(classes, each.tolist())}
@@ -278,15 +276,14 @@ def training_order(train, data, recipe, seed):
         while True:  # the release draws 200,000 at a time
             drawn = torch.multinomial(weights, 200_000, replacement=True, generator=generator)
             yield from train[drawn].tolist()
-    else:
-        for k in shuffled(len(train), seed):
-            yield train[k].item()
+    for k in shuffled(len(train), seed):
+        yield train[k].item()
 
 
 def fit(model, data, fold, config, recipe, machine, log, caught):
     """Train a Classifier on one fold -> whether it got to the end, or a signal ended it."""
     device, train = machine.device, data.folds[fold][0]
-    number = list(data.folds).index(fold)
+    number = recipe.fold - 1 if recipe.fold else list(data.folds).index(fold)
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
     net = machine.prepare(model)
     order = training_order(train, data, recipe, seed_of(recipe.seed, number))
@@ -343,11 +340,8 @@ def fine_tune(data, start, config, recipe, machine, resumed):
     """Every fold from the same encoder `start`: train, then test once -> {fold: its results}, or
     the number of the signal that stopped it. A finished fold is saved before it is spoken of."""
     done = resumed["done"] if resumed else {}
-    folds = chosen_folds(data, recipe)
     with eat.stop_signals() as caught:
-        for fold in folds:
-            if fold in done:
-                continue
+        for fold in [fold for fold in data.folds if fold not in done]:
             data.check_clips(fold)
             torch.manual_seed(seed_of(recipe.seed))
             encoder = Encoder(config)
@@ -363,18 +357,13 @@ def fine_tune(data, start, config, recipe, machine, resumed):
                                        machine, probabilities_of)
             done[fold] = evaluate(found["probabilities"], data.targets(used.tolist()),
                                   data.classes, data.multi_label)
-            eat.save_checkpoint(recipe.out, {
-                "config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe),
-                "classes": data.classes, "multi_label": data.multi_label, "done": done,
-                "reading": recipe.reading, "step": recipe.steps, "start": start,
-                "model": model.state_dict()}, must=fold == folds[-1])
+            state = {"config": vars(config), "recipe": vars(recipe), "model": model.state_dict(),
+                     "classes": data.classes, "multi_label": data.multi_label, "start": start,
+                     "reading": recipe.reading, "step": recipe.steps, "done": done}
+            eat.save_checkpoint(recipe.out, state, must=len(done) == len(data.folds))
             note = f" ({done[fold]['note']})" if done[fold]["note"] else ""
             print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}{note}", flush=True)
     return done
-
-
-def chosen_folds(data, recipe):
-    return [fold for fold in data.folds if recipe.fold is None or fold == f"fold {recipe.fold}"]
 
 # ---- Frozen features: linear probe and nearest neighbours ----------------------------------------
 
@@ -382,7 +371,7 @@ def chosen_folds(data, recipe):
 def linear_probe(bank, targets, queries, penalties, multi_label):
     """Logistic regression on standardised features, for each l2 of some penalties: to the optimum
     of the summed loss + l2 / 2 * |w|^2, by L-BFGS in float64 -> {l2: scores of the queries}."""
-    mean, std = bank.mean(0), bank.std(0) + 1e-6
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6
     bank, queries = (((x - mean) / std).double() for x in (bank, queries))
     # The best weights lie in the span of the clips, so they are sought along its principal axes:
     # there are no more of those than clips, however many features there are.
@@ -425,12 +414,6 @@ def linear_scores(bank, targets, queries, l2, multi_label, seed=0):
     return linear_probe(bank, targets, queries, [l2], multi_label)[l2], l2
 
 
-def mel_statistics(x, steps):
-    """What no network gives: mean and deviation over time of each mel band -> (B, 256). Time steps
-    that are only padding do not count."""
-    return {"no network": eat.mean_and_deviation(x[:, 0], steps * PATCH)}
-
-
 def read_all(data, start, config, recipe, machine):
     """Frozen features of all clips, of the encoder with weights `start` and of what it must be
     judged against -> {kind: (clips, F)}, and the clips' numbers."""
@@ -443,10 +426,11 @@ def read_all(data, start, config, recipe, machine):
         kinds = eat.read_features(model, x, steps)
         if recipe.checkpoint:
             kinds["random weights, patches"] = eat.read_features(random, x, steps)["patches"]
-        return kinds | mel_statistics(x, steps)
+        # Each mel band's mean and deviation over the time steps that are not only padding.
+        kinds["no network"] = eat.mean_and_deviation(x[:, 0], steps * PATCH)
+        return kinds
 
-    everything = range(len(data.clips))
-    return eat.features(encoder, config, data.clips, everything, machine, read)
+    return eat.features(encoder, config, data.clips, range(len(data.clips)), machine, read)
 
 
 def probe(data, start, config, recipe, machine):
@@ -455,14 +439,13 @@ def probe(data, start, config, recipe, machine):
     targets, results = data.targets(used.tolist()), {}
     for kind, x in kinds.items():
         results[kind] = {}
-        for fold in chosen_folds(data, recipe):
+        for fold in data.folds:
             train, held = data.split(fold, used)
+            parts, l2 = (x[train], targets[train], x[held]), None
             if recipe.mode == "knn":
-                scores, l2 = eat.nearest_neighbours(x[train], targets[train], x[held],
-                                                    recipe.neighbours), None
+                scores = eat.nearest_neighbours(*parts, recipe.neighbours)
             else:
-                scores, l2 = linear_scores(x[train], targets[train], x[held], recipe.l2,
-                                           data.multi_label, recipe.seed)
+                scores, l2 = linear_scores(*parts, recipe.l2, data.multi_label, recipe.seed)
             result = evaluate(scores, targets[held], data.classes, data.multi_label)
             results[kind][fold] = {**result, "l2": l2}
         print(f"{recipe.mode}, {kind}: {summary(results[kind])}", flush=True)
@@ -474,18 +457,17 @@ def shots(data, start, config, recipe, machine):
     number of labelled clips a class, three draws each -> {kind: {shots: [accuracies]}}."""
     kinds, used = read_all(data, start, config, recipe, machine)
     kinds = {kind: x for kind, x in kinds.items() if kind not in ("CLS", "mean of patches")}
-    label, results = data.targets(used.tolist()).argmax(1), {}
-    targets = F.one_hot(label, len(data.classes)).float()
+    targets, results = data.targets(used.tolist()), {}
     for kind, x in kinds.items():
         results[kind] = {}
         for count in map(int, recipe.shots.split(",")):
             found = []
             for draw in range(3):
-                for fold in chosen_folds(data, recipe):
+                for fold in data.folds:
                     train, held = data.split(fold, used)
                     rng = np.random.default_rng((recipe.seed, draw))
-                    few = [rng.permutation(torch.nonzero(train & (label == k)).flatten())[:count]
-                           for k in range(len(data.classes))]
+                    few = [rng.permutation(torch.nonzero(train & mine).flatten())[:count]
+                           for mine in targets.T.bool()]
                     few = torch.from_numpy(np.concatenate(few))
                     scores, _ = linear_scores(x[few], targets[few], x[held],
                                               10.0 if recipe.l2 is None else recipe.l2, False)
@@ -497,10 +479,9 @@ def shots(data, start, config, recipe, machine):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for kind, found in results.items():
-        means = [100 * np.mean(values) for values in found.values()]
-        spread = [100 * np.std(values) for values in found.values()]
+        y = 100 * np.array(list(found.values()))  # (numbers of shots, draws in folds)
         label = "pre-trained, patches" if recipe.checkpoint and kind == "patches" else kind
-        axes.errorbar(list(found), means, spread, label=label, marker=".", capsize=3)
+        axes.errorbar(list(found), y.mean(1), y.std(1), label=label, marker=".", capsize=3)
     axes.set(xscale="log", xlabel="labelled clips a class", ylabel="accuracy, %", title=data.kind)
     axes.set_xticks(list(found), list(found))
     axes.minorticks_off()
@@ -522,13 +503,11 @@ def summary(folds):
 
 def write_results(results, data, recipe, config):
     """results.json, and confusion.png where clips have one label each."""
-    with open(os.path.join(recipe.out, "results.json"), "w") as file:
-        json.dump({
-            "data": str(data), "results": results, "skipped": data.clips.skipped,
-            "notes": data.notes, "recipe": dataclasses.asdict(recipe),
-            "config": dataclasses.asdict(config), "command": sys.argv,
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        }, file, indent=1, allow_nan=False)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    said = json.dumps({"data": str(data), "notes": data.notes, "skipped": data.clips.skipped,
+                       "results": results, "recipe": vars(recipe), "config": vars(config),
+                       "command": sys.argv, "versions": versions}, indent=1, allow_nan=False)
+    Path(recipe.out, "results.json").write_text(said)
     best = results.get("fine-tuned") or results["patches"]
     if data.multi_label or recipe.shots:
         return
@@ -551,11 +530,11 @@ def write_results(results, data, recipe, config):
 # ---- Any sound: predict and embed ----------------------------------------------------------------
 
 
-def read_files(model, config, path, machine, read, every=None):
+def read_files(model, config, path, machine, read, every=None, average=False):
     """Run `read`, a function (model, x, steps) -> dict, on all files in `path`: on windows that
     follow each other, the last one padded; or on one for every `every` seconds, around their
-    middle -> for each file its name, its seconds, what was read of its windows, where these begin
-    (seconds), and how many samples of sound each holds."""
+    middle -> for each file its name, where its windows begin and end (seconds), and what was read:
+    a row a window; or the rows' `average` by how much sound each window holds."""
     if path == "demo":
         raise UsageError("demo: has no files; expected sound")
     hop, least = config.frames * SHIFT, WINDOW  # samples: between windows; that one must have
@@ -583,9 +562,12 @@ def read_files(model, config, path, machine, read, every=None):
     held = np.minimum(lengths[files] - clips.start[used], clips.samples).astype(int)
     edges = np.flatnonzero(np.diff(files)) + 1  # between the windows of one file and the next
     for mine in np.split(np.arange(len(used)), edges):
-        yield (clips.name(used[mine[0]]), lengths[files[mine[0]]] / SAMPLE_RATE,
-               {name: x[mine].numpy() for name, x in found.items()},
-               begins[used[mine]] / SAMPLE_RATE, held[mine])
+        rows = {name: x[mine].numpy() for name, x in found.items()}
+        if average:
+            rows = {name: np.average(x, 0, held[mine])[None] for name, x in rows.items()}
+        starts = begins[used[mine]] / SAMPLE_RATE
+        ends = np.minimum(starts + (every or math.inf), lengths[files[mine[0]]] / SAMPLE_RATE)
+        yield clips.name(used[mine[0]]), starts, ends, rows
 
 
 def predict(args):
@@ -596,22 +578,18 @@ def predict(args):
         model.classes = read_labels(args.labels, len(model.classes))
     table, status = [], 0
     for path in args.clips:
+        files = read_files(model, model.encoder.config, path, machine, probabilities_of, args.every,
+                           average=not args.every)
         try:
-            files = list(read_files(model, model.encoder.config, path, machine, probabilities_of,
-                                    args.every))
+            for name, starts, ends, found in files:
+                for start, end, row in zip(starts, ends, found["probabilities"]):
+                    labels = [{"label": model.classes[k], "probability": round(row[k].item(), 4)}
+                              for k in np.argsort(-row)[: args.top]]
+                    table.append({"clip": name, "start": round(start.item(), 3),
+                                  "end": round(end.item(), 3), "labels": labels})
         except UsageError as error:  # the other paths' labels are not lost for it
             print(f"finetune.py: {error}", file=sys.stderr)
-            files, status = [], 2
-        for name, seconds, found, begins, held in files:
-            rows = found["probabilities"]
-            ends = np.minimum(begins + (args.every or math.inf), seconds)
-            if not args.every:
-                rows = [np.average(rows, axis=0, weights=held)]
-            for start, end, row in zip(begins.tolist(), ends.tolist(), rows):
-                labels = [{"label": model.classes[k], "probability": round(row[k].item(), 4)}
-                          for k in np.argsort(-row)[: args.top]]
-                table.append({"clip": name, "start": round(start, 3), "end": round(end, 3),
-                              "labels": labels})
+            status = 2
     if args.json:
         print(json.dumps(table, indent=1))
         return status
@@ -626,7 +604,10 @@ def predict(args):
 def read_labels(path, count):
     """Names of `count` classes, from a csv of index, id, name (with a heading or not), or a name a
     line."""
-    rows = list(csv.reader(read_lines(path)))
+    try:
+        rows = list(csv.reader(read_lines(path)))
+    except csv.Error as error:
+        raise UsageError(f"--labels {path}: {error}") from None
     table = all(len(row) >= 3 for row in rows)
     if table:
         rows = sorted((row for row in rows if row[0].isdigit()), key=lambda row: int(row[0]))
@@ -655,14 +636,14 @@ def embed(args):
     make_folder(os.path.dirname(out) or ".")
     columns = collections.defaultdict(list)
     read = time_rows if args.frames else eat.read_features
-    for name, _, found, begins, held in read_files(encoder, config, args.path, machine, read):
+    files = read_files(encoder, config, args.path, machine, read, average=not args.frames)
+    for name, starts, _, found in files:
         columns["paths"].append(name)
         if not args.frames:
             for kind, x in found.items():
-                row = np.average(x, axis=0, weights=held)
-                columns[kind.replace(" ", "_")].append(row.astype(np.float32))
+                columns[kind.replace(" ", "_")].append(x[0].astype(np.float32))
             continue
-        for rows, begin, steps in zip(found["rows"], begins, found["steps"][:, 0].astype(int)):
+        for rows, begin, steps in zip(found["rows"], starts, found["steps"][:, 0].astype(int)):
             columns["features"].extend(rows[:steps])
             columns["path_index"].extend([len(columns["paths"]) - 1] * steps)
             columns["seconds"].extend(begin + np.arange(steps) * PATCH * SHIFT / SAMPLE_RATE)
@@ -676,7 +657,7 @@ def embed(args):
 
 def save_picture(figure, path):
     """In the format that the path's ending names -> the path."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    make_folder(os.path.dirname(path) or ".")
     try:
         figure.savefig(path, dpi=100)
     except ValueError as error:
@@ -684,19 +665,20 @@ def save_picture(figure, path):
     return path
 
 
-def draw_spectrogram(axes, image, title, labels=False):
+def draw(figure, place, image, title, labels=False):
     """(128, T) mel bins x frames, or with a last axis of colours, on axes of seconds and hertz."""
-    whole = np.asarray(image)  # with what a mask hides
+    axes = figure.add_subplot(place, title=title, facecolor="lightgray")  # where a mask hides it
+    whole = np.asarray(image)
     axes.imshow(image, origin="lower", aspect="auto", cmap="magma", interpolation="nearest",
                 extent=(0, image.shape[1] / 100, 0, MEL_BINS), vmin=whole.min(), vmax=whole.max())
-    axes.set_title(title)
     if not labels:
         axes.set(xticks=[], yticks=[])
-        return
+        return axes
     hertz = [125, 500, 1000, 2000, 4000]
     low, place, high = (1127 * np.log1p(np.array(f) / 700) for f in (20, hertz, 8000))  # mel
     axes.set_yticks((place - low) / (high - low) * (MEL_BINS + 1) - 0.5, hertz)
     axes.set(xlabel="seconds", ylabel="hertz")
+    return axes
 
 
 def per_patch(values, grid):
@@ -735,7 +717,7 @@ def look(args):
     checkpoint also the teacher's targets, and what student and decoder predict of them."""
     from matplotlib.figure import Figure
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed_of(abs(args.seed)))
     state = eat.read_checkpoint(args.checkpoint) if args.checkpoint else None
     config = EATConfig(**state["config"]) if state else EATConfig()
     clips = open_clips(args.clip, 256 if args.clip == "demo" else 1024)  # the first 10 s
@@ -748,12 +730,11 @@ def look(args):
     image = x[0, 0].T.numpy()
     figure = Figure(figsize=(12, 11), layout="constrained")
     if state:
-        look_at_encoder(figure, args.checkpoint, state, x, image, grid)
+        look_at_encoder(figure, args.checkpoint, state, config, x, image, grid)
     else:
         look_at_masks(figure, waveform, image, grid)
     figure.suptitle(printable(os.path.basename(args.clip)))
     print(save_picture(figure, args.out))
-    return 0
 
 
 def look_at_masks(figure, waveform, image, grid):
@@ -761,54 +742,44 @@ def look_at_masks(figure, waveform, image, grid):
     axes = figure.add_subplot(rows[0, :])
     axes.plot(np.arange(len(waveform)) / SAMPLE_RATE, waveform, linewidth=0.5)
     axes.set(xlim=(0, image.shape[1] / 100), title="waveform")
-    axes = figure.add_subplot(rows[1, :])
-    draw_spectrogram(axes, image, f"log-mel spectrogram, {grid[0]} x {grid[1]} patches", True)
-    axes.vlines(np.arange(1, grid[0]) * PATCH / 100, 0, MEL_BINS, color="white", linewidth=0.4)
-    axes.hlines(np.arange(1, grid[1]) * PATCH, 0, image.shape[1] / 100, color="white",
-                linewidth=0.4)
+    title = f"log-mel spectrogram, {grid[0]} x {grid[1]} patches"
+    axes = draw(figure, rows[1, :], image, title, labels=True)
+    axes.vlines(np.arange(1, grid[0]) * PATCH / 100, 0, MEL_BINS, color="white", lw=0.4)
+    axes.hlines(np.arange(1, grid[1]) * PATCH, 0, image.shape[1] / 100, color="white", lw=0.4)
     for row, kind in enumerate(("inverse_block", "block", "random"), 2):
         masks = eat.inverse_block_mask(1, 4, grid, masking=kind)[0]
         for k, mask in enumerate(masks):
-            axes = figure.add_subplot(rows[row, k])
             seen = np.ma.masked_array(image, per_patch(mask, grid))
-            draw_spectrogram(axes, seen, f"{kind.replace('_', ' ')} mask, clone {k + 1}")
-            axes.set_facecolor("lightgray")
+            draw(figure, rows[row, k], seen, f"{kind.replace('_', ' ')} mask, clone {k + 1}")
 
 
-def look_at_encoder(figure, name, state, x, image, grid):
+def look_at_encoder(figure, name, state, config, x, image, grid):
     pretrained = "teacher.cls" in state["model"]
     rows = figure.add_gridspec(4 if pretrained else 3, 6)
-    draw_spectrogram(figure.add_subplot(rows[0, :]), image, "log-mel spectrogram", True)
+    draw(figure, rows[0, :], image, "log-mel spectrogram", labels=True)
     light = 0.25 + 0.75 * ((image - image.min()) / (image.max() - image.min() + 1e-6))[..., None]
-    config = EATConfig(**state["config"])
     random, encoder = Encoder(config).eval(), Encoder(config).eval()
     eat.fill(encoder, eat.encoder_of(state["model"]), name)
-    pair = (("random weights", random), ("this checkpoint", encoder))
-    for row, (title, model) in enumerate(pair, 1):
+    for row, title, model in (1, "random weights", random), (2, "this checkpoint", encoder):
         (colour,) = colours(model(x)[0, 1:])
-        axes = figure.add_subplot(rows[row, :3])
-        draw_spectrogram(axes, per_patch(colour, grid) * light, f"{title}: principal components")
-        axes = figure.add_subplot(rows[row, 3:])
+        content = per_patch(colour, grid) * light
+        draw(figure, rows[row, :3], content, f"{title}: principal components")
         attention = per_patch(cls_attention(model, x), grid)
-        draw_spectrogram(axes, attention, f"{title}: attention of CLS")
+        draw(figure, rows[row, 3:], attention, f"{title}: attention of CLS")
     if pretrained:
         model = eat.fill(eat.EAT(config), state["model"], name).eval()
         mask = model.draw_mask(1, grid)[:, :1]
-        keep = eat.visible_patches(mask, (~mask).sum())
+        keep, seen = eat.visible_patches(mask, (~mask).sum()), ~mask[0, 0]
         targets = model.targets(x)[0]
         prediction = model.decode(model.student(x, keep)[:, 1:], keep, grid)[0, 0]
         error = (prediction - targets).square().sum(1) / config.dim**0.5
         wanted, predicted = colours(targets, prediction)
-        predicted[~mask[0, 0]] = 0.5  # what the student saw
-        seen = per_patch(~mask[0, 0], grid)
-        for k, (title, value) in enumerate((
-            ("the teacher's targets", per_patch(wanted, grid)),
-            ("predicted; gray: what was seen", per_patch(predicted, grid)),
-            (f"frame loss, mean {error[mask[0, 0]].mean():.2f}",
-             np.ma.masked_array(per_patch(error, grid), seen)),
-        )):
-            axes = figure.add_subplot(rows[3, 2 * k : 2 * k + 2], facecolor="gray")
-            draw_spectrogram(axes, value, title)
+        predicted[seen] = 0.5
+        draw(figure, rows[3, :2], per_patch(wanted, grid), "the teacher's targets")
+        draw(figure, rows[3, 2:4], per_patch(predicted, grid), "predicted; gray: what was seen")
+        loss = np.ma.masked_array(per_patch(error, grid), per_patch(seen, grid))
+        axes = draw(figure, rows[3, 4:], loss, f"frame loss, mean {error[~seen].mean():.2f}")
+        axes.set_facecolor("gray")
 
 # ---- Command line --------------------------------------------------------------------------------
 
@@ -822,21 +793,20 @@ def settle(given):
         given = {**resumed["recipe"], **given}
     elif os.path.exists(os.path.join(out, "results.json")):
         raise UsageError(f"{out} holds results already: another --out starts beside them")
-    if not given.get("data"):
+    asked = eat.settings(FineTune, given)  # refuses what cannot be, before the sound is looked for
+    if not asked.data:
         raise UsageError("--data is missing: a labelled data set, or 'demo'")
-    start, tensors = EATConfig.preset(given.get("preset", FineTune.preset)), None
+    start, tensors = EATConfig.preset(asked.preset), None
     if resumed:
         start, tensors = EATConfig(**resumed["config"]), resumed["start"]
-    elif given.get("checkpoint"):  # read once: it may be replaced while pre-training goes on
-        encoder = eat.load_encoder(given["checkpoint"])
+    elif asked.checkpoint:  # read once: it may be replaced while pre-training goes on
+        encoder = eat.load_encoder(asked.checkpoint)
         start, tensors = encoder.config, encoder.state_dict()
-    eat.settings(FineTune, given)  # refuses what cannot be, before the sound is looked for
-    esc10, seed = given.get("esc10", False), given.get("seed", FineTune.seed)
-    data = open_labelled(given["data"], start.frames, esc10, seed)
-    name = given.get("recipe") or recipe_for(data)
+    data = open_labelled(asked.data, start.frames, asked.esc10, asked.seed)
+    name = asked.recipe or recipe_for(data)
     if resumed and resumed["classes"] != data.classes:
-        raise UsageError(f"--data {given['data']}: not the classes that the run in {out} has; "
-                         "start another with another --out")
+        raise UsageError(f"--data {asked.data}: not the classes that the run in {out} has; start "
+                         "another with another --out")
     row = dict(RECIPES[name or "esc50"])
     if name is None:
         row |= {"stats": "checkpoint", "frames": max(512, start.frames)}
@@ -850,18 +820,24 @@ def settle(given):
     if recipe.mode != "finetune" and recipe.checkpoint and "stats" not in given:
         recipe.stats = "checkpoint"
     mean, std = STATS.get(recipe.stats, (start.mean, start.std))
-    changed = {"frames": recipe.frames, "mean": mean, "std": std}
-    config = eat.settings(EATConfig, dataclasses.asdict(start), changed)
+    sound = {"frames": recipe.frames, "mean": mean, "std": std}
+    config = eat.settings(EATConfig, vars(start), sound)
     if recipe.frames != start.frames:
-        data = open_labelled(recipe.data, recipe.frames, esc10, seed)
-    if not chosen_folds(data, recipe):
-        raise UsageError(f"--fold {recipe.fold}: {recipe.data} has {', '.join(data.folds)}")
+        data = open_labelled(recipe.data, recipe.frames, recipe.esc10, recipe.seed)
+    if recipe.fold:
+        chosen = f"fold {recipe.fold}"
+        if chosen not in data.folds:
+            raise UsageError(f"--fold {recipe.fold}: {recipe.data} has {', '.join(data.folds)}")
+        data.folds = {chosen: data.folds[chosen]}
     if recipe.batch_size % recipe.accumulate:
         raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of --accumulate "
                          f"{recipe.accumulate}")
-    if recipe.weighted and (data.weights is None or not data.weights.any()):
-        raise UsageError(f"{recipe.data}: --weighted needs sampling weights, a weight*.csv beside "
-                         "train.tsv; --no-weighted does without")
+    if recipe.weighted:
+        if data.weights is None or not data.weights.any():
+            raise UsageError(f"{recipe.data}: --weighted needs sampling weights, a weight*.csv "
+                             "beside train.tsv; --no-weighted does without")
+        data.folds = {fold: (train[data.weights[train] > 0], test)
+                      for fold, (train, test) in data.folds.items()}
     if recipe.shots and (recipe.mode != "linear" or data.multi_label
                          or not all(n.isdecimal() and int(n) for n in recipe.shots.split(","))):
         raise UsageError(f"--shots {recipe.shots}: numbers as 1,2,4, with --mode linear, for clips "
@@ -898,7 +874,6 @@ def train_or_probe(given):
             print(f"skipped {len(data.clips.skipped)}: {describe_skipped(data.clips.skipped)}")
         write_results(results, data, recipe, config)
     print(f"written to {recipe.out}")
-    return 0
 
 
 def main(argv=None):
@@ -931,8 +906,8 @@ def main(argv=None):
         parser.add_argument("--frames", action="store_true", help="a row every 0.16 s, not a file")
     args = parser.parse_args(words[1:])
     for name in ("top", "every"):
-        if getattr(args, name, None) is not None and not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} {getattr(args, name)}: must be above 0")
+        if getattr(args, name, None) is not None and not 0 < getattr(args, name) <= 1e6:
+            parser.error(f"--{name} {getattr(args, name)}: must be above 0, at most a million")
     return run("finetune.py", lambda: jobs[command](args))
 
 
