@@ -430,7 +430,7 @@ class Recipe:
                         "at least 5,000 updates, and at most the release's")
     hours: float = option(None, "instead of --steps: hours, by a trial of 30 steps", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
-    accumulate: int = option(1, "parts that a batch is split into, for less memory")
+    accumulate: int = option(1, "parts of a batch, for less memory; losses logged are the last's")
     lr: float = option(5e-4, "peak learning rate")
     warmup_steps: int = option(None, "linear warm-up; default: the release's share of --steps, "
                                "53,333 of 400,000", least=0)
@@ -496,8 +496,9 @@ def make_optimizer(model, recipe):
 # ---- The training loop ---------------------------------------------------------------------------
 
 
-def train(config, recipe, clips, machine, resumed=None, labelled=None):
-    """Pre-train on `clips`, probe on `labelled` -> the number of the signal that ended it, or 0."""
+def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True):
+    """Pre-train on `clips`, probe on `labelled`, keep checkpoints or not -> the number of the
+    signal that ended it, or 0."""
     device, step, stop = machine.device, 0, 0
     if recipe.batch_size % (machine.world * recipe.accumulate):
         raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of "
@@ -523,7 +524,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None):
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
-        if machine.rank == 0:
+        if keep and machine.rank == 0:
             save_checkpoint(recipe.out, {
                 "config": vars(config), "recipe": vars(recipe), "step": step, "clips": len(clips),
                 "processes": machine.world, "model": model.state_dict(),
@@ -1167,7 +1168,8 @@ def bench(**given):
     clips = Clips(sound, config.frames, np.zeros(10**6, int))
     with tempfile.TemporaryDirectory() as out:
         every = max(1, recipe.steps // 5)
-        train(config, dataclasses.replace(recipe, out=out, log_every=every), clips, machine)
+        recipe = dataclasses.replace(recipe, out=out, log_every=every)
+        train(config, recipe, clips, machine, keep=False)
         lines = read_log(out)[-4:]  # the first has compiling in it
     taken = 1 / np.median([line["steps_per_second"] for line in lines])
     found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,
@@ -1243,7 +1245,7 @@ def choose_steps(recipe, config, clips, machine):
     if recipe.hours:
         with tempfile.TemporaryDirectory() as out:
             trial = dataclasses.replace(recipe, steps=30, out=out, log_every=10)
-            if train(config, trial, clips, machine):
+            if train(config, trial, clips, machine, keep=False):
                 raise KeyboardInterrupt
             rate = read_log(out)[-1]["steps_per_second"] if machine.rank == 0 else 0.0
         return max(1, int(recipe.hours * 3600 * machine.reduce(rate, "MAX")))

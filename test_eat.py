@@ -435,8 +435,8 @@ def waves(**how):
     (5847, {"hours": 1.0}, 7200), (5847, {"hours": 1.0, "steps": 7}, 7),
     (4000, {"data": "demo"}, 600), (4000, {"data": "demo", "hours": 0.1}, 720)])
 def test_a_run_gets_a_fitting_number_of_steps(clips, given, steps, monkeypatch):
-    def trial(config, recipe, clips, machine):
-        assert recipe.steps == 30
+    def trial(config, recipe, clips, machine, keep):
+        assert recipe.steps == 30 and not keep
         (Path(recipe.out) / "log.jsonl").write_text('{"step": 30, "steps_per_second": 2.0}\n')
 
     monkeypatch.setattr(eat, "open_clips", lambda path, frames, seed: waves(size=clips))
@@ -2332,7 +2332,7 @@ def test_fine_tuning_is_one_graph_for_training_and_one_for_testing(reading):
     net, counter = counted(model)
     for training in (True, True, False, True, False, True):
         model.train(training)
-        net(torch.randn(2, 1, 64, 128)).sum().backward()
+        net(torch.randn(2, 1, 64, 128), torch.tensor([2, 4])).sum().backward()
     assert counter.frame_count == 2
 
 
