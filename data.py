@@ -194,7 +194,7 @@ def measure_stats(clips, most=1000):
 
 
 class Batch(typing.NamedTuple):
-    waveforms: torch.Tensor  # (B, samples), zeros at the end; int16 if all are from a pack
+    waveforms: torch.Tensor  # (B, samples), zeros at the end; int16 where no row is float
     lengths: torch.Tensor  # (B,): how many samples are sound
     numbers: torch.Tensor  # (B,) of the clips
     skipped: dict  # what could not be used: path -> reason
@@ -645,7 +645,8 @@ def open_labelled(path, frames, esc10=False, seed=0):
 
 
 # Each opener -> kind, rows of (path, names of its classes, place), and the names of all classes. A
-# place is "train", "validation" (left alone), or the name of the fold whose test clip it is.
+# place is "train", "validation" (left alone), or the name of the fold that tests on the clip; of
+# ESC all other folds train on it.
 
 
 def _esc(path, esc10, _):
@@ -695,8 +696,8 @@ def _manifests(path, *_):
 
 
 def _class_folders(path, _, seed):
-    """A folder a class, perhaps within train/ and test/ (or val/); else a stratified fifth is kept
-    to test on."""
+    """A folder a class, perhaps within train/ and test/ (or, where there is none, val/); else a
+    stratified fifth is kept to test on."""
     parts = [part for part in ("train", "val", "test") if os.path.isdir(os.path.join(path, part))]
     if "train" in parts and len(parts) > 1:
         rows = [(*clip, part) for part in ("train", parts[-1])

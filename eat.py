@@ -36,8 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 # These are for the second half. The method needs torch alone.
@@ -597,7 +596,7 @@ def mean_and_deviation(x, steps):
     count = rows.sum(1)
     mean = (x * rows).sum(1) / count
     variance = ((x - mean[:, None]) * rows).square().sum(1) / count
-    return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # sqrt has no slope at 0
+    return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # sqrt's slope at 0: inf
 
 
 def readings(encoder, x, steps):
@@ -711,7 +710,7 @@ class Machine:
         if self.compile is None:  # on two CPU cores it took 80 s, and the steps then took longer
             self.compile = cuda and importlib.util.find_spec("triton") is not None
         if self.workers is None:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun, on this machine
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))  # on this machine
             self.workers = min(8, max(1, os.cpu_count() // processes - 1))
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if cuda else "gloo")
@@ -1103,7 +1102,7 @@ def export(checkpoint, target, note=""):
         "norm_affine": True, "fixed_positions": True, "img_size": [config.frames, MEL_BINS],
         "torch_dtype": "float32", "model_variant": "finetune" if classes else "pretrain",
         "num_classes": len(classes) if classes else 527,
-        # Of these the release's files say sizes alone; nor do they say what the head reads.
+        # The release's files say the sizes and norm_eps alone, and not what the head reads.
         **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
         "reading": state.get("reading", "CLS"),
     }
@@ -1152,6 +1151,12 @@ def plot(out):
     print(path)
 
 
+def flops_of_convolution_backward(grad, x, weight, *more, **_):
+    """As much as forward for the input, and again for the weight, where the last of `more` wants
+    them. torch's own formula forgets the groups."""
+    return sum(more[-1][:2]) * conv_flop_count(x, weight, grad)
+
+
 def bench(**given):
     """Time training on random sound, beside this device's matrix products."""
     config = settings(EATConfig, PRESETS[given.get("preset", "base")], given)
@@ -1159,8 +1164,12 @@ def bench(**given):
     machine = settings(Machine, given)
     if machine.world > 1:
         raise UsageError("bench runs in one process: start it without torchrun")
+    from torch.utils.benchmark import Timer  # it looks for CUDA's compiler, and may warn
+
+    formula = {torch.ops.aten.convolution_backward: flops_of_convolution_backward}
     # On "meta" nothing is computed. (On a CPU the counter leaves the fused attention out.)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with (torch.device("meta"),
+          FlopCounterMode(display=False, custom_mapping=formula) as counter):
         EAT(config)(torch.empty(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
     # A source of clips that are read in no time.

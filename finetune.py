@@ -283,7 +283,7 @@ def training_order(train, data, recipe, seed):
 def fit(model, data, fold, config, recipe, machine, log, caught):
     """Train a Classifier on one fold -> whether it got to the end, or a signal ended it."""
     device, train = machine.device, data.folds[fold][0]
-    number = recipe.fold - 1 if recipe.fold else list(data.folds).index(fold)
+    number = max(1, int(fold.removeprefix("fold "))) - 1 if fold.startswith("fold ") else 0
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
     net = machine.prepare(model)
     order = training_order(train, data, recipe, seed_of(recipe.seed, number))
@@ -360,7 +360,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
             state = {"config": vars(config), "recipe": vars(recipe), "model": model.state_dict(),
                      "classes": data.classes, "multi_label": data.multi_label, "start": start,
                      "reading": recipe.reading, "step": recipe.steps, "done": done}
-            eat.save_checkpoint(recipe.out, state, must=len(done) == len(data.folds))
+            eat.save_checkpoint(recipe.out, state, must=data.folds.keys() <= done.keys())
             note = f" ({done[fold]['note']})" if done[fold]["note"] else ""
             print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}{note}", flush=True)
     return done
@@ -832,7 +832,7 @@ def settle(given):
     if recipe.batch_size % recipe.accumulate:
         raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of --accumulate "
                          f"{recipe.accumulate}")
-    if recipe.weighted:
+    if recipe.weighted and recipe.mode == "finetune":
         if data.weights is None or not data.weights.any():
             raise UsageError(f"{recipe.data}: --weighted needs sampling weights, a weight*.csv "
                              "beside train.tsv; --no-weighted does without")
@@ -846,7 +846,7 @@ def settle(given):
 
 
 def train_or_probe(given):
-    """The main job -> exit status."""
+    """The main job -> exit status, where it is stopped."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     machine = eat.settings(Machine, given)

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eat
@@ -504,6 +505,12 @@ def test_bench_reports_what_fits_together(capsys):
     assert found["clips_per_second"] * found["seconds_per_step"] == pytest.approx(2)
     share = found["step_tflops"] / found["matrix_tflops"]
     assert share == pytest.approx(found["share_of_matrix_rate"])
+    formula = {torch.ops.aten.convolution_backward: eat.flops_of_convolution_backward}
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=formula) as counter:
+        x = torch.empty(1, 8, 4, 4, requires_grad=True)
+        torch.nn.Conv2d(8, 8, 3, padding=1, groups=4)(x).sum().backward()
+    # 16 places, 8 channels out of 2 each, 9 taps, a product and a sum; forward and twice back.
+    assert counter.get_total_flops() == 3 * 16 * 8 * 2 * 9 * 2
 
 
 # ---- eat.py: runs --------------------------------------------------------------------------------
