@@ -276,13 +276,15 @@ def training_order(train, data, recipe, seed):
         while True:  # the release draws 200,000 at a time
             drawn = torch.multinomial(weights, 200_000, replacement=True, generator=generator)
             yield from train[drawn].tolist()
-    for k in shuffled(len(train), seed):
-        yield train[k].item()
+    else:
+        for k in shuffled(len(train), seed):
+            yield train[k].item()
 
 
 def fit(model, data, fold, config, recipe, machine, log, caught):
     """Train a Classifier on one fold -> whether it got to the end, or a signal ended it."""
     device, train = machine.device, data.folds[fold][0]
+    # A fold draws the same with --fold as among the others.
     number = max(1, int(fold.removeprefix("fold "))) - 1 if fold.startswith("fold ") else 0
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
     net = machine.prepare(model)
@@ -371,7 +373,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
 def linear_probe(bank, targets, queries, penalties, multi_label):
     """Logistic regression on standardised features, for each l2 of some penalties: to the optimum
     of the summed loss + l2 / 2 * |w|^2, by L-BFGS in float64 -> {l2: scores of the queries}."""
-    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # of one: 0
     bank, queries = (((x - mean) / std).double() for x in (bank, queries))
     # The best weights lie in the span of the clips, so they are sought along its principal axes:
     # there are no more of those than clips, however many features there are.
