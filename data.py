@@ -320,12 +320,12 @@ class SoundFiles:
 
 
 def find_audio(path):
-    """The sound files that `path` stands for, sorted: a folder, searched recursively; a sound file;
-    or a list, a path a line, or the release's manifest (first line the root folder, then
+    """The sound files that `path` stands for: a folder, searched recursively, and sorted; a sound
+    file; or a list, a path a line, or the release's manifest (first line the root folder, then
     `path<tab>samples`). Raises AudioError where there are none."""
     if not os.path.exists(path):
         raise AudioError(path, "no such file or folder; expected a folder of sound, a sound file, "
-                               "a list of files, a pack, or 'demo'")
+                               "or a list of files")
     if os.path.isdir(path):
         found, seen = [], set()
         for folder, below, names in os.walk(path, followlinks=True):
@@ -808,8 +808,7 @@ def run(program, job):
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             said = f"torch.compile failed: {said}. --no-compile does without"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
-            said = (f"out of memory: {said}. Try --accumulate 2 or more, a smaller --batch-size, "
-                    "fewer --clones, a smaller --preset")
+            said = f"out of memory: {said}. Try a smaller --batch-size, or --accumulate 2 or more"
         elif said.startswith("DataLoader worker"):
             said += " Run it again, with fewer --workers; a run goes on with --resume"
         elif torch.distributed.is_initialized() and "eer" in said:  # "closed by peer", "Peer"

@@ -420,7 +420,7 @@ class Recipe:
     """How it is trained. Defaults are the release's, for base on AudioSet-2M, unless said."""
 
     data: str = option(None, "a folder of sound, a file, a list of files, a pack, or 'demo'")
-    preset: str = option(None, "sizes and recipe; default: base or small on a card, by its memory, "
+    preset: str = option(None, "sizes, recipe; default: base or small on a card, base with --init, "
                          "tiny on a CPU, demo for the demo", choices=tuple(PRESETS))
     out: str = option("out", "folder for last.pt, previous.pt and log.jsonl")
     init: str = option(None, "start from a checkpoint's weights, teacher included")
@@ -429,7 +429,7 @@ class Recipe:
                         "at least 5,000 updates, and at most the release's")
     hours: float = option(None, "instead of --steps: hours, by a trial of 30 steps", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
-    accumulate: int = option(1, "parts of a batch, for less memory; losses logged are the last's")
+    accumulate: int = option(1, "parts of a batch; more on a small card; losses are the last's")
     lr: float = option(5e-4, "peak learning rate")
     warmup_steps: int = option(None, "linear warm-up; default: the release's share of --steps, "
                                "53,333 of 400,000", least=0)
@@ -814,7 +814,7 @@ class Log:
             self.say(f"skipped {self.named} so far; new: {describe_skipped(new)}")
         if line["not_finite"] and self.machine.rank == 0:
             self.say(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
-                     "steps were not finite, and changed nothing")
+                     "steps were not finite, and changed no weight of the student")
         self.step, self.since = step, time.monotonic()
         return line
 
@@ -941,8 +941,8 @@ def fill(module, tensors, path):
     except RuntimeError as error:  # a heading, and a line for each kind, or each tensor, of misfit
         misfits = [" ".join(line.split())[:200] for line in str(error).splitlines()[1:]]
         more = f" and {len(misfits) - 3} more;" if len(misfits) > 3 else ""
-        raise UsageError(f"{path}: {' '.join(misfits[:3])}{more} give it the sizes (--dim, --depth "
-                         "...) that it was made with, or none") from None
+        raise UsageError(f"{path}: {' '.join(misfits[:3])}{more} with --init, --dim, --depth ... "
+                         "must be what it was made with") from None
     return module
 
 
@@ -1159,7 +1159,8 @@ def flops_of_convolution_backward(grad, x, weight, *more, **_):
 
 
 def bench(**given):
-    """Time training on random sound, beside this device's matrix products."""
+    """Time training on random sound, beside this device's matrix products: unless told otherwise
+    base, and 10 steps of 1 clip."""
     config = settings(EATConfig, PRESETS[given.get("preset", "base")], given)
     recipe = settings(Recipe, {"steps": 10, "batch_size": 1}, given)
     machine = settings(Machine, given)
@@ -1196,7 +1197,8 @@ def bench(**given):
 
 # ---- Command line --------------------------------------------------------------------------------
 
-# What a resumed run may be given anew: nothing that changes what it computes.
+# What a resumed run may be given anew. (Parts of a batch draw other masks. Machine's flags may
+# change too, and round otherwise.)
 MAY_CHANGE = {"data", "out", "resume", "accumulate", "log_every", "save_every", "probe",
               "probe_every"}
 
@@ -1251,6 +1253,19 @@ def choose_preset(given, machine):
     return "base" if memory > 20 * 2**30 else "small"
 
 
+def choose_parts(batch_size, config, machine):
+    """Into how many parts a batch is split, where --accumulate does not say: on a card of 24 GB the
+    release has 12 clips of base at a time, and more or less on others (by count, not measured)."""
+    if machine.device.type == "cpu":
+        return 1
+    base, memory = EATConfig(), torch.cuda.get_device_properties(machine.device).total_memory
+    size = (config.dim * config.depth * config.clones * config.patches
+            / (base.dim * base.depth * base.clones * base.patches))
+    most = max(1, 12 * memory / 24e9 / size)
+    share = max(1, batch_size // machine.world)
+    return next(n for n in range(1, share + 1) if share % n == 0 and share / n <= most)
+
+
 def choose_steps(recipe, config, clips, machine):
     """How long to train, where neither --steps nor the preset says."""
     if recipe.hours:
@@ -1282,6 +1297,8 @@ def settle(given, machine, resumed=None):
     if "init" not in given or "stats" in given:
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
+    values.setdefault("accumulate", choose_parts(recipe.batch_size, config, machine))
+    recipe = settings(Recipe, values)
     if "steps" not in given and (recipe.hours or "steps" not in values):
         values["steps"] = choose_steps(recipe, config, clips, machine)
     return config, settings(Recipe, values), clips
@@ -1292,6 +1309,7 @@ def describe(config, recipe, clips, machine, labelled, resumed):
     encoder, decoder = (sum(p.numel() for p in part(config).parameters()) / 1e6
                         for part in (Encoder, Decoder))
     passes = recipe.steps * recipe.batch_size / len(clips)
+    parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
     print(f"preset   {recipe.preset}; there are {', '.join(PRESETS)}")
     print(f"data     {recipe.data}: {len(clips):,} clips of {config.frames / 100:.2f} s; mean "
           f"{config.mean}, deviation {config.std}{clips.advice()}")
@@ -1299,9 +1317,10 @@ def describe(config, recipe, clips, machine, labelled, resumed):
         print(f"skipped  {len(clips.skipped)}: {describe_skipped(clips.skipped)}")
     print(f"model    encoder {encoder:.1f} M parameters, decoder {decoder:.1f} M; "
           f"{config.visible} of {config.patches} patches visible in {config.clones} clones each")
-    print(f"recipe   {recipe.steps:,} steps x {recipe.batch_size} clips = {passes:.1f} passes over "
-          f"the data; learning rate {recipe.lr:.3g} after {recipe.warmup_steps:,} steps; teacher's "
-          f"decay {recipe.ema_decay} to {recipe.ema_end_decay}; seed {recipe.seed}")
+    print(f"recipe   {recipe.steps:,} steps x {recipe.batch_size} clips{parts} = {passes:.1f} "
+          f"passes over the data; learning rate {recipe.lr:.3g} after {recipe.warmup_steps:,} "
+          f"steps; teacher's decay {recipe.ema_decay} to {recipe.ema_end_decay}; seed "
+          f"{recipe.seed}")
     print(f"machine  {machine}")
     if labelled:
         same = recipe.probe == recipe.data != "demo"

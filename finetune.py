@@ -7,7 +7,8 @@
     python finetune.py look CLIP                                             a clip as EAT sees it
     python finetune.py look CLIP --checkpoint out/last.pt                    what the encoder sees
 
-The recipes are the release's. Without --checkpoint the encoder has random weights: the baseline.
+The recipes but `small` are the release's. Without --checkpoint the encoder has random weights: the
+baseline.
 """
 
 import collections
@@ -95,7 +96,7 @@ class FineTune:
     shots: str = option(None, "with --mode linear: accuracy against clips a class, as 1,2,4,8")
     preset: str = option("tiny", "sizes of an encoder with random weights",
                          choices=tuple(eat.PRESETS))
-    frames: int = option(None, "length of a clip in frames of 10 ms; default: by --recipe")
+    frames: int = option(None, "length of a clip, in 10 ms; default: by --data and --recipe")
     stats: str = option(None, "mean and deviation to normalise with; by recipe, for frozen "
                         "features the checkpoint's", choices=(*STATS, "checkpoint"))
     reading: str = option("CLS", "what the head reads", choices=("CLS", "patches"))
@@ -122,7 +123,7 @@ class FineTune:
     neighbours: int = option(10, "k of --mode knn")
     l2: float = option(None, "--mode linear: penalty l2 / 2 * |w|^2 beside the summed loss; "
                        "default: the best of 1, 10, 100, 1000 on a quarter of the training clips")
-    seed: int = option(0, "of the head, data order and augmentation", least=0)
+    seed: int = option(0, "of random weights, data order, augmentation, held-out clips", least=0)
     log_every: int = option(10, "steps between lines of log.jsonl")
 
     __post_init__ = eat.check_numbers
@@ -428,7 +429,7 @@ def read_all(data, start, config, recipe, machine):
         kinds = eat.read_features(model, x, steps)
         if recipe.checkpoint:
             kinds["random weights, patches"] = eat.read_features(random, x, steps)["patches"]
-        # Each mel band's mean and deviation over the time steps that are not only padding.
+        # Each mel band's mean and deviation over the same time.
         kinds["no network"] = eat.mean_and_deviation(x[:, 0], steps * PATCH)
         return kinds
 

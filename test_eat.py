@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 import zipfile
 import zlib
@@ -468,6 +469,16 @@ def test_a_run_gets_a_fitting_number_of_steps(clips, given, steps, monkeypatch):
     assert recipe.ema_anneal_steps == round(steps / 4)
 
 
+@pytest.mark.parametrize("gigabytes, preset, world, parts", [
+    (25.4, "base", 1, 4), (25.4, "base", 4, 1), (25.4, "large", 1, 12), (85, "base", 1, 2),
+    (150, "base", 1, 1), (12, "small", 1, 4), (0.1, "base", 2, 24)])
+def test_a_batch_is_split_by_a_cards_memory(gigabytes, preset, world, parts, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: types.SimpleNamespace(total_memory=gigabytes * 1e9))
+    machine = types.SimpleNamespace(device=torch.device("cuda"), world=world)
+    assert eat.choose_parts(48, EATConfig.preset(preset), machine) == parts
+
+
 def test_weight_decay_spares_biases_and_norms():
     model = EAT(small())
     found = {id(p): group["weight_decay"]
@@ -879,7 +890,7 @@ def test_too_little_memory_is_one_line(device, more, sounds, tmp_path, capsys):
         if device == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0)
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("eat.py: out of memory") and "fewer --clones" in said
+    assert said.startswith("eat.py: out of memory") and "--accumulate 2" in said
 
 
 def test_help_names_every_field(capsys):
@@ -957,7 +968,7 @@ def test_too_loud_a_clip_costs_its_steps_only(program, most, sounds, start_from,
     assert 1 <= sum(line["not_finite"] for line in lines) <= most
     assert all((line["loss"] is None) == (line["not_finite"] == 1) for line in lines)
     assert all(x.isfinite().all() for x in weights(out)[1].values())
-    assert "changed nothing" in capsys.readouterr().err
+    assert "changed no weight" in capsys.readouterr().err
 
 
 @full_disk
@@ -1175,7 +1186,7 @@ def test_unknown_classes_become_stand_ins_that_keep_their_state(tmp_path):
 
 
 def slow_blocks(encoder, x):
-    """`x`: (1, 1, T, 128), all of it sound -> what each block makes of its tokens: (L, 1 + N, D)."""
+    """`x`: (1, 1, T, 128), all of it sound -> what each block makes of it: (L, 1 + N, D)."""
     tokens, outputs = encoder.embed(x), []
     for block in encoder.blocks:
         tokens, _ = block(tokens)
