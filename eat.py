@@ -623,7 +623,7 @@ def read_features(encoder, x, steps):
 
 def time_steps(samples, frames):
     """How many time steps of 16 frames, of a clip of `frames`, that many samples fill; at least 1.
-    To read the last one too, which is part padding, cost 1.2 points on ESC-50's fold 1."""
+    To read one more, part padding, cost 0.3 points on ESC-50 (linear; 1.3 of neighbours)."""
     return (count_frames(samples) // PATCH).clip(1, frames // PATCH)
 
 
