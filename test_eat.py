@@ -819,7 +819,7 @@ BAD_INPUT = {
         ("--out={tuned} --resume", "not a run of"), ("--init={run}/lost.pt", "no such file"),
         ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
         ("--mask-ratio=0.999", "some of the 32 patches visible"), ("--lr=-1", "lr (-1.0)"),
-        ("--init={last} --dim=64", "torch.Size([64]). and 61 more; give it the sizes"),
+        ("--init={last} --dim=64", "torch.Size([64]). and 61 more; with --init"),
         ("--beta2=1", "beta2 (1.0) must be a number of at least 0, at most 0.9999"),
         ("--mask-ratio=nan", "mask_ratio (nan)"), ("--mask-ratio=1", "mask_ratio (1.0)"),
         ("--mask-ratio=0", "mask_ratio (0.0)"), ("--mask-block=4", "mask_block (4) must be odd"),
