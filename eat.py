@@ -1254,8 +1254,8 @@ def choose_preset(given, machine):
 
 
 def choose_parts(batch_size, config, machine):
-    """Into how many parts a batch is split, where --accumulate does not say: on a card of 24 GB the
-    release has 12 clips of base at a time, and more or less on others (by count, not measured)."""
+    """Into how many parts a batch is split, where --accumulate does not say. A card of 24 GB takes
+    12 clips of base at a time, as the release's do; others take in proportion (not measured)."""
     if machine.device.type == "cpu":
         return 1
     base, memory = EATConfig(), torch.cuda.get_device_properties(machine.device).total_memory

@@ -231,7 +231,7 @@ def test_targets_of_the_last_blocks():
     assert not model.train().teacher.training  # whatever the student does
 
 
-def test_each_loss_can_be_had_alone():
+def test_each_loss_has_its_weight_and_can_be_had_alone():
     x = torch.randn(2, 1, 64, 128)
     for off, alone, factor in (("frame_weight", "utterance_loss", 3),
                                ("utterance_weight", "frame_loss", 1)):
@@ -240,6 +240,9 @@ def test_each_loss_can_be_had_alone():
         assert losses["loss"].item() == pytest.approx(factor * losses[alone].item())
         losses["loss"].backward()
         assert model.decoder.proj.weight.grad.any() == (alone == "frame_loss")
+    losses = EAT(small(frame_weight=2.0, utterance_weight=3.0))(x)
+    wanted = 2 * losses["frame_loss"] + 3 * losses["utterance_loss"]
+    torch.testing.assert_close(losses["loss"], wanted)
 
 
 @fixtures
@@ -2075,7 +2078,7 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
         assert [Path(path).name for path in found[-1]["paths"]] == [f"{k}.wav" for k in range(5)]
     files, rows = found
     encoder = eat.load_encoder(start_from.removeprefix("--checkpoint="))
-    for k in range(5):
+    for k, count in enumerate((1, 1, 3, 4, 18)):
         wave, readings, seconds = load_audio(tmp_path / f"{k}.wav"), [], []
         windows = [wave[a : a + 10_480] for a in range(0, len(wave), 10_240)]
         windows = [window for window in windows if len(window) >= 400]
@@ -2089,6 +2092,7 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
             want = np.average([x[name] for x in readings], axis=0, weights=list(map(len, windows)))
             np.testing.assert_allclose(files[name.replace(" ", "_")][k], want, atol=1e-5)
         mine = rows["path_index"] == k
+        assert mine.sum() == count
         np.testing.assert_allclose(rows["seconds"][mine], seconds, atol=1e-6)
         if len(windows) == 1:
             want = slow_rows(encoder, x)
@@ -2138,7 +2142,7 @@ def test_plot_draws_the_learning_curves(whole_run, tmp_path, capsys):
 # Every case is a process of its own, forked from one that has imported everything. Its hook puts
 # something in the way of it: `at` does it when a function is called for the `count`th time.
 DRIVER = '''
-import json, os, shutil, signal, sys
+import json, multiprocessing, os, shutil, signal, sys
 import data, eat, finetune
 
 def at(owner, name, count, act):
@@ -2256,10 +2260,12 @@ def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_pa
 @linux
 def test_a_signal_at_any_moment_saves_and_a_run_resumes_exactly(sounds, whole_run, tmp_path):
     """A lost terminal, and one under nohup; Ctrl-C; told to stop, and killed, amid the writing of
-    the second checkpoint; killed between its two renames. And the log ends as after a power
-    failure."""
+    the second checkpoint; killed between its two renames. SIGTERM to a worker does nothing. And
+    the log ends as after a power failure."""
     lost = "at(eat.EAT, 'update_teacher', 3, send(signal.SIGHUP))"
+    to_workers = "[os.kill(worker.pid, 15) for worker in multiprocessing.active_children()]"
     cases = [  # each with its exit status and the step that is saved
+        (f"at(eat.EAT, 'update_teacher', 3, lambda: {to_workers})", 0, 8),
         (lost, 129, 3), ("signal.signal(signal.SIGHUP, signal.SIG_IGN); " + lost, 0, 8),
         (lost.replace("SIGHUP", "SIGINT"), 130, 3),
         ("at(os, 'fsync', 2, send(signal.SIGTERM))", 143, 7),
@@ -2434,7 +2440,8 @@ def test_a_run_goes_on_with_other_files_and_says_so(sounds, tmp_path, capsys):
         capsys.readouterr()
         assert eat.main(flags(folder, out, "--resume")) == 0
         said = capsys.readouterr().err
-        assert said.count("warning") == 1 and "the run began with" in said and "now has" in said
+        assert said.count("warning") == 1 and "the run began with 26 clips, and now has" in said
+        assert ("now has 24" in said) == (change == "removed")
         assert [line["step"] for line in logged(out)] == list(range(1, 9))
         assert weights(out)[0] == 8
 
