@@ -2145,6 +2145,9 @@ DRIVER = '''
 import json, multiprocessing, os, shutil, signal, sys
 import data, eat, finetune
 
+for number in (signal.SIGHUP, signal.SIGINT):  # nohup and & have them ignored
+    signal.signal(number, signal.SIG_DFL)
+
 def at(owner, name, count, act):
     original, calls = getattr(owner, name), []
     def patched(*arguments, **more):
