@@ -397,7 +397,8 @@ def shares(numbers, batch_size, accumulate=1, rank=0, world=1):
 def loading(clips, batches, workers, device):
     """-> an iterator over what `clips` makes of each list of numbers, read by worker processes,
     which end when the block is left, however that happens."""
-    workers = 0 if clips.packed else workers
+    # A pack needs no decoding. But the process that drives a card has no time to read, either.
+    workers = 0 if clips.packed and device.type == "cpu" else workers
     loader = iter(DataLoader(  # without a batch size: `clips` itself makes the batches
         clips, batch_size=None, sampler=batches, num_workers=workers,
         worker_init_fn=_settle_worker, pin_memory=device.type == "cuda"))
