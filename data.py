@@ -386,11 +386,13 @@ def shuffled(clips, seed, position=0):
 
 def shares(numbers, batch_size, accumulate=1, rank=0, world=1):
     """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts."""
-    size = batch_size // (accumulate * world)
-    while True:
-        mine = list(itertools.islice(numbers, batch_size))[rank::world]
-        for start in range(0, len(mine), size):
-            yield mine[start : start + size]
+    size, rest = divmod(batch_size, accumulate * world)
+    if rest:
+        raise UsageError(f"--batch-size {batch_size}: must be a multiple of {accumulate * world}, "
+                         "processes x --accumulate")
+    batches = (list(itertools.islice(numbers, batch_size)) for _ in itertools.count())
+    mine = (batch[rank::world] for batch in batches)
+    return (part[start : start + size] for part in mine for start in range(0, len(part), size))
 
 
 @contextlib.contextmanager

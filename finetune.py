@@ -832,9 +832,6 @@ def settle(given):
         if chosen not in data.folds:
             raise UsageError(f"--fold {recipe.fold}: {recipe.data} has {', '.join(data.folds)}")
         data.folds = {chosen: data.folds[chosen]}
-    if recipe.batch_size % recipe.accumulate:
-        raise UsageError(f"--batch-size {recipe.batch_size}: must be a multiple of --accumulate "
-                         f"{recipe.accumulate}")
     if recipe.weighted and recipe.mode == "finetune":
         if data.weights is None or not data.weights.any():
             raise UsageError(f"{recipe.data}: --weighted needs sampling weights, a weight*.csv "
