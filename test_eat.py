@@ -1550,6 +1550,16 @@ def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
     torch.testing.assert_close(mixed, wanted, atol=3 / 32768, rtol=0)
 
 
+def test_a_pack_is_read_by_the_process_itself_but_for_a_card_by_workers(several, tmp_path):
+    pack(several, tmp_path / "pack")
+    clips, batches, found = open_clips(str(tmp_path / "pack"), 128), [[1, 0], [2, 3]], []
+    for device in ("cpu", "cuda"):
+        with data.loading(clips, batches, 2, torch.device(device)) as loader:
+            found.append([batch.waveforms.clone() for batch in loader])
+            assert len(getattr(loader, "_workers", [])) == (2 if device == "cuda" else 0)
+    assert all(map(torch.equal, *found))
+
+
 def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, capsys):
     cut = tmp_path / "cut"
     pack(several, tmp_path / "whole")
