@@ -384,22 +384,33 @@ def shuffled(clips, seed, position=0):
         position += clips - place
 
 
+def part_size(batch_size, parts):
+    """How many clips are in each part of a batch. Raises UsageError where the parts differ."""
+    if batch_size % parts:
+        raise UsageError(f"--batch-size {batch_size}: must be a multiple of {parts}, processes x "
+                         "--accumulate")
+    return batch_size // parts
+
+
 def shares(numbers, batch_size, accumulate=1, rank=0, world=1):
-    """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts."""
-    size, rest = divmod(batch_size, accumulate * world)
-    if rest:
-        raise UsageError(f"--batch-size {batch_size}: must be a multiple of {accumulate * world}, "
-                         "processes x --accumulate")
-    batches = (list(itertools.islice(numbers, batch_size)) for _ in itertools.count())
-    mine = (batch[rank::world] for batch in batches)
-    return (part[start : start + size] for part in mine for start in range(0, len(part), size))
+    """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts.
+    Raises UsageError, at once."""
+    size = part_size(batch_size, accumulate * world)
+
+    def parts():
+        while True:
+            mine = list(itertools.islice(numbers, batch_size))[rank::world]
+            for start in range(0, len(mine), size):
+                yield mine[start : start + size]
+
+    return parts()
 
 
 @contextlib.contextmanager
 def loading(clips, batches, workers, device):
-    """-> an iterator over what `clips` makes of each list of numbers, read by worker processes,
-    which end when the block is left, however that happens."""
-    # A pack needs no decoding. But the process that drives a card has no time to read, either.
+    """-> an iterator over what `clips` makes of each list of numbers, read by worker processes (or
+    by none), which end when the block is left, however that happens."""
+    # To read a pack is to copy: not worth a process, unless this one is busy driving a card.
     workers = 0 if clips.packed and device.type == "cpu" else workers
     loader = iter(DataLoader(  # without a batch size: `clips` itself makes the batches
         clips, batch_size=None, sampler=batches, num_workers=workers,

@@ -202,7 +202,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         # Under autocast x stays in float32 from the first patch to the last block. In bfloat16 a
-        # step of base took 4 % less on a card, but the gradient of CLS came out 11 % off.
+        # step of base took 4 % less on a card, but CLS's gradient was 11 % off the release's.
         x = self.norm1(x + self.dropped(self.attn(x)))
         f = self.mlp(x)
         return self.norm2(x + self.dropped(f)), f
@@ -312,7 +312,7 @@ class Decoder(nn.Module):
     def forward(self, x):  # (views, H, W, D)
         for conv in self.convs:
             if x.is_cuda and torch.compiler.is_compiling():
-                y = dense_convolution(x, conv)  # the same, but faster on a card
+                y = dense_convolution(x, conv)  # does the same, and where it is fused, faster
             else:
                 y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels stay last in memory
             # In 16 bits under autocast: 1.03 to 1.13 times as fast on a CPU, gradients as exact.
@@ -516,7 +516,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
     parts = shares(order, recipe.batch_size, recipe.accumulate, machine.rank, machine.world)
     grid = (config.frames // PATCH, MEL_BINS // PATCH)
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
-    recent = []
+    rows = []  # of the losses and the gradient's norm, a step each, until they are logged
     log = Log(recipe.out, step, recipe.steps, machine, clips)
     if labelled and not resumed and machine.rank == 0:
         log.probed(step, probe(model.student, labelled, machine))
@@ -559,17 +559,17 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
             step += 1
 
             bad_in_a_row = torch.where(norm.isfinite(), 0, bad_in_a_row + 1)  # on the device
-            scalars = {**losses, "grad_norm": norm}  # copied, as a CUDA graph reuses its memory
-            recent.append({name: value.detach().clone() for name, value in scalars.items()})
+            # Copied: the next step's CUDA graph writes its losses over these.
+            rows.append(torch.stack([*losses.values(), norm]).detach())
             finished, save_due = step == recipe.steps, step % recipe.save_every == 0
             log_due = finished or save_due or step % recipe.log_every == 0
             # One process stops after any step. Several must agree on it, and ask when they log.
             if log_due or machine.world == 1:
                 stop = int(machine.reduce(max(caught, default=0), "MAX"))
             if log_due or stop:  # here the host waits for the device
-                line = log.write(step, recent, lr=recipe.learning_rate(step),
+                line = log.write(step, (*losses, "grad_norm"), rows, lr=recipe.learning_rate(step),
                                  teacher_decay=recipe.teacher_decay(step))
-                recent = []
+                rows = []
                 check_health(line, int(bad_in_a_row), recipe, machine)  # a spoilt run is not saved
                 if finished or stop or (save_due and not bad_in_a_row):
                     save(must=finished or stop)
@@ -727,13 +727,14 @@ class Machine:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def prepare(self, model, graphs=False):
-        """The model as a loop calls it. `graphs`: where a backward pass follows each call, and
-        gradients are not kept over calls."""
+        """The model as a loop calls it. `graphs` is for a loop where a backward pass follows each
+        call, and neither gradients nor results are kept until the next."""
         if self.world > 1:
             model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         if not self.compile:
             return model
-        torch.compiler.reset()  # an earlier model's CUDA graphs would keep their memory
+        # Forget earlier models: their CUDA graphs keep memory, and after eight torch gives up.
+        torch.compiler.reset()
         # On one card the kernels are launched together, as CUDA graphs. One by one they kept the
         # host busy for 17 ms a step of tiny, and the card for 3.
         graphs = graphs and self.world == 1 and self.device.type == "cuda"
@@ -771,7 +772,7 @@ def dense_convolution(x, conv):
     matrix = torch.einsum("fij,goctf->gictjo", leads.to(taps.dtype), taps)
     rows = x.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4)  # (groups, views, H, W, in)
     y = rows.flatten(3).flatten(1, 2) @ matrix.flatten(3).flatten(1, 2)
-    # Each of the kernel's time steps gave its part of what stands half a kernel earlier or later.
+    # What time step t of the kernel makes of row h belongs to row h - t + size // 2.
     y = F.pad(y.view(groups, views, H, size, W, -1), (0, 0) * 3 + (size // 2,) * 2)
     y = sum(y[:, :, t : t + H, t] for t in range(size))  # (groups, views, H, W, out)
     return y.permute(1, 2, 3, 0, 4).flatten(3) + conv.bias.to(y.dtype)
@@ -819,13 +820,14 @@ class Log:
             Path(self.path + ".part").write_text("".join(lines))
             os.replace(self.path + ".part", self.path)
 
-    def write(self, step, recent, **more):
-        """A line with the means of some steps' scalars, over the processes too -> that line."""
-        rows = torch.stack([torch.stack([x.detach().float() for x in r.values()]) for r in recent])
-        finite = rows.isfinite()  # (steps, names)
+    def write(self, step, names, rows, **more):
+        """A line with the means of some steps' named scalars (of which the gradient's norm is the
+        last), over the processes too -> that line."""
+        rows = torch.stack(rows)  # (steps, names)
+        finite = rows.isfinite()
         sums = torch.stack([rows.nan_to_num(0, 0, 0).sum(0), finite.sum(0)])
         means = {name: total / count if count else None
-                 for name, total, count in zip(recent[0], *self.machine.reduce(sums).tolist())}
+                 for name, total, count in zip(names, *self.machine.reduce(sums).tolist())}
         steps, seconds = step - self.step, time.monotonic() - self.since
         line = {"step": step, **means, "not_finite": int((~finite[:, -1]).sum()), **more,
                 "steps_per_second": steps / seconds, "skipped": len(self.clips.skipped)}
@@ -1184,6 +1186,11 @@ def flops_of_convolution_backward(grad, x, weight, *more, **_):
     return sum(more[-1][:2]) * conv_flop_count(x, weight, grad)
 
 
+def read_nothing(file, start, count):
+    """A clip that is there in no time."""
+    return torch.rand(count)
+
+
 def bench(**given):
     """Time training on random sound, beside this device's matrix products: unless told otherwise
     base, and 10 steps of 1 clip."""
@@ -1200,8 +1207,7 @@ def bench(**given):
           FlopCounterMode(display=False, custom_mapping=formula) as counter):
         EAT(config)(torch.empty(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
-    # A source of clips that are read in no time.
-    sound = types.SimpleNamespace(packed=True, read=lambda file, start, count: torch.rand(count))
+    sound = types.SimpleNamespace(packed=True, read=read_nothing)
     clips = Clips(sound, config.frames, np.zeros(10**6, int))
     with tempfile.TemporaryDirectory() as out:
         every = max(1, recipe.steps // 5)
@@ -1280,14 +1286,15 @@ def choose_preset(given, machine):
 
 
 def choose_parts(batch_size, config, machine):
-    """Into how many parts a batch is split, where --accumulate does not say. 12 clips of base need
-    11.5 GB compiled, and 21 GB not (16 bits, an H100); other sizes and cards are in proportion."""
+    """Into how many parts a batch is split, where --accumulate does not say. On an H100, 12 clips
+    of base took 11.5 GB compiled, and 21 not, in 16 bits. With a margin, all else in proportion."""
     if machine.device.type == "cpu":
         return 1
     base, memory = EATConfig(), torch.cuda.get_device_properties(machine.device).total_memory
     size = (config.dim * config.depth * config.clones * config.patches
             / (base.dim * base.depth * base.clones * base.patches))
-    most = max(1, 12 * memory / (14e9 if machine.compile else 24e9) / size)
+    clip = (14e9 if machine.compile else 24e9) / 12 * machine.dtype.itemsize / 2 * size  # bytes
+    most = max(1, memory / clip)
     share = max(1, batch_size // machine.world)
     return next(n for n in range(1, share + 1) if share % n == 0 and share / n <= most)
 

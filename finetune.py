@@ -30,7 +30,7 @@ from torch import nn
 import eat
 from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, Parser, UsageError, as_float, describe_few,
                   describe_skipped, loading, lock, make_folder, open_clips, open_labelled,
-                  printable, read_lines, run, seed_of, shares, shuffled, spectrogram)
+                  part_size, printable, read_lines, run, seed_of, shares, shuffled, spectrogram)
 from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option
 
 # ---- The classifier ------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
     net = machine.prepare(model)
     order = training_order(train, data, recipe, seed_of(recipe.seed, number))
     parts = shares(order, recipe.batch_size, recipe.accumulate)
-    step, bad_in_a_row, recent = 0, torch.zeros((), device=device), []
+    step, bad_in_a_row, rows = 0, torch.zeros((), device=device), []
     model.train()
     with (contextlib.closing(log.bar),
           loading(data.clips, parts, machine.workers, device) as batches):
@@ -326,10 +326,11 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
             step += 1
 
             bad_in_a_row = torch.where(norm.isfinite(), 0, bad_in_a_row + 1)
-            recent.append({"loss": loss.detach(), "grad_norm": norm})
+            rows.append(torch.stack([loss, norm]).detach())
             if step % recipe.log_every == 0 or step == recipe.steps:
-                line = log.write(step, recent, fold=fold, lr=recipe.learning_rate(step))
-                recent = []
+                line = log.write(step, ("loss", "grad_norm"), rows, fold=fold,
+                                 lr=recipe.learning_rate(step))
+                rows = []
                 eat.check_health(line, int(bad_in_a_row), recipe, machine)
     return step == recipe.steps
 
@@ -832,6 +833,7 @@ def settle(given):
         if chosen not in data.folds:
             raise UsageError(f"--fold {recipe.fold}: {recipe.data} has {', '.join(data.folds)}")
         data.folds = {chosen: data.folds[chosen]}
+    part_size(recipe.batch_size, recipe.accumulate)  # refuses now what cannot be
     if recipe.weighted and recipe.mode == "finetune":
         if data.weights is None or not data.weights.any():
             raise UsageError(f"{recipe.data}: --weighted needs sampling weights, a weight*.csv "

@@ -478,7 +478,8 @@ def test_a_batch_is_split_by_a_cards_memory(gigabytes, preset, world, compiled, 
                                             monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: types.SimpleNamespace(total_memory=gigabytes * 1e9))
-    machine = types.SimpleNamespace(device=torch.device("cuda"), world=world, compile=compiled)
+    machine = types.SimpleNamespace(device=torch.device("cuda"), world=world, compile=compiled,
+                                    dtype=torch.bfloat16)
     assert eat.choose_parts(48, EATConfig.preset(preset), machine) == parts
 
 
@@ -2528,7 +2529,6 @@ def test_fine_tuning_is_one_graph_for_training_and_one_for_testing(reading):
 
 
 def test_a_compiler_that_fails_is_one_line(sounds, tmp_path, monkeypatch, capsys):
-    torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     small = ["--depth=1", "--decoder-layers=1", "--compile"]
