@@ -1551,6 +1551,7 @@ def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
     torch.testing.assert_close(mixed, wanted, atol=3 / 32768, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
 def test_a_pack_is_read_by_the_process_itself_but_for_a_card_by_workers(several, tmp_path):
     pack(several, tmp_path / "pack")
     clips, batches, found = open_clips(str(tmp_path / "pack"), 128), [[1, 0], [2, 3]], []
