@@ -2569,6 +2569,22 @@ def stepper(machine):
     return model, step
 
 
+def test_cuda_graphs_are_for_one_card_and_for_batches_in_one_part(tmp_path, monkeypatch):
+    """A gradient that is kept over calls would be overwritten by the next one's graph."""
+    asked, modes, prepare = [], [], eat.Machine.prepare
+    monkeypatch.setattr(eat.Machine, "prepare",
+                        lambda self, model, graphs=False: asked.append(graphs) or model)
+    for parts in (1, 2):
+        train(tmp_path / str(parts), cpu(), waves(), steps=1, accumulate=parts)
+    assert asked == [True, False]
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **_: modes.append(mode))
+    machine = cpu(compile=True)
+    for device, graphs in (("cpu", True), ("cuda", False), ("cuda", True)):
+        machine.device = torch.device(device)
+        prepare(machine, None, graphs)
+    assert modes == [None, None, "reduce-overhead"]
+
+
 @cuda
 @pytest.mark.parametrize("masking", ["inverse_block", "block", "random"])
 def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
