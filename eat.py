@@ -431,7 +431,7 @@ class Recipe:
                         "at least 5,000 updates, and at most the release's")
     hours: float = option(None, "instead of --steps: hours, by a trial of 30 steps", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
-    accumulate: int = option(1, "parts of a batch; more on a small card; losses are the last's")
+    accumulate: int = option(1, "parts of a batch, one after the other; more on a small card")
     lr: float = option(5e-4, "peak learning rate")
     warmup_steps: int = option(None, "linear warm-up; default: the release's share of --steps, "
                                "53,333 of 400,000", least=0)
@@ -533,6 +533,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
         while step < recipe.steps and not stop:
             # Masks and noise are drawn from (seed, step, process): a resumed run draws them again.
             torch.manual_seed(seed_of(recipe.seed, step, machine.rank))
+            losses = []  # of the parts of this batch
             for _ in range(recipe.accumulate):
                 batch = next(batches)
                 clips.skipped |= batch.skipped
@@ -545,8 +546,10 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
                 x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
                 mask = model.draw_mask(len(x), grid, device)  # (B, C, N) bool, True = masked
                 with machine.autocast():
-                    losses = net(x, mask)  # x: (B, 1, T, 128)
-                scaler.scale(losses["loss"] / recipe.accumulate).backward()
+                    found = net(x, mask)  # x: (B, 1, T, 128)
+                scaler.scale(found["loss"] / recipe.accumulate).backward()
+                # Copied: the next step's CUDA graph writes its losses over these.
+                losses.append(torch.stack([*found.values()]).detach())
 
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step + 1)
@@ -559,15 +562,14 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
             step += 1
 
             bad_in_a_row = torch.where(norm.isfinite(), 0, bad_in_a_row + 1)  # on the device
-            # Copied: the next step's CUDA graph writes its losses over these.
-            rows.append(torch.stack([*losses.values(), norm]).detach())
+            rows.append(torch.cat([torch.stack(losses).mean(0), norm[None]]))
             finished, save_due = step == recipe.steps, step % recipe.save_every == 0
             log_due = finished or save_due or step % recipe.log_every == 0
             # One process stops after any step. Several must agree on it, and ask when they log.
             if log_due or machine.world == 1:
                 stop = int(machine.reduce(max(caught, default=0), "MAX"))
             if log_due or stop:  # here the host waits for the device
-                line = log.write(step, (*losses, "grad_norm"), rows, lr=recipe.learning_rate(step),
+                line = log.write(step, (*found, "grad_norm"), rows, lr=recipe.learning_rate(step),
                                  teacher_decay=recipe.teacher_decay(step))
                 rows = []
                 check_health(line, int(bad_in_a_row), recipe, machine)  # a spoilt run is not saved
@@ -1304,8 +1306,9 @@ def choose_steps(recipe, config, clips, machine):
     if recipe.hours:
         with tempfile.TemporaryDirectory() as out:
             trial = dataclasses.replace(recipe, steps=30, out=out, log_every=10)
-            if train(config, trial, clips, machine, keep=False):
-                raise KeyboardInterrupt
+            stopped = train(config, trial, clips, machine, keep=False)
+            if stopped:
+                raise SystemExit(128 + stopped)
             rate = read_log(out)[-1]["steps_per_second"] if machine.rank == 0 else 0.0
         return max(1, int(recipe.hours * 3600 * machine.reduce(rate, "MAX")))
     # 20 passes over the data, as many as the authors gave their large model, but no fewer than
@@ -1315,10 +1318,12 @@ def choose_steps(recipe, config, clips, machine):
 
 
 def settle(given, machine, resumed=None):
-    """Flags, and the checkpoint of a run to go on with -> (EATConfig, Recipe, Clips)."""
+    """Flags, and the checkpoint of a run to go on with -> (EATConfig, Recipe, Clips, and for the
+    probe Labelled or None)."""
     if resumed:
         config, recipe = EATConfig(**resumed["config"]), settings(Recipe, resumed["recipe"], given)
-        return config, recipe, open_clips(recipe.data, config.frames, recipe.seed)
+        clips = open_clips(recipe.data, config.frames, recipe.seed)
+        return config, recipe, clips, open_probe(recipe, config)
     if "data" not in given:
         raise UsageError("--data is missing: a folder of sound, or 'demo'")
     preset = given.get("preset") or choose_preset(given, machine)
@@ -1332,9 +1337,19 @@ def settle(given, machine, resumed=None):
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
     values.setdefault("accumulate", choose_parts(recipe.batch_size, config, machine))
     recipe = settings(Recipe, values)
+    labelled = open_probe(recipe, config)  # a mistake there is told before a trial
     if "steps" not in given and (recipe.hours or "steps" not in values):
         values["steps"] = choose_steps(recipe, config, clips, machine)
-    return config, settings(Recipe, values), clips
+    return config, settings(Recipe, values), clips, labelled
+
+
+def open_probe(recipe, config):
+    if recipe.probe_every and not recipe.probe:
+        raise UsageError("--probe-every: --probe must name the labelled sound to probe on")
+    labelled = recipe.probe and open_labelled(recipe.probe, config.frames, seed=recipe.seed)
+    if labelled and labelled.multi_label:
+        raise UsageError(f"--probe {recipe.probe}: nearest neighbours need one label a clip")
+    return labelled
 
 
 def describe(config, recipe, clips, machine, labelled, resumed):
@@ -1376,12 +1391,7 @@ def pretrain(**given):
         defaults = {"out": "out-demo", "probe": "demo", "compile": False}
     given = {**defaults, **given}
     machine, resumed = settings(Machine, given), resume(given, "processes")
-    config, recipe, clips = settle(given, machine, resumed)
-    if recipe.probe_every and not recipe.probe:
-        raise UsageError("--probe-every: --probe must name the labelled sound to probe on")
-    labelled = recipe.probe and open_labelled(recipe.probe, config.frames, seed=recipe.seed)
-    if labelled and labelled.multi_label:
-        raise UsageError(f"--probe {recipe.probe}: nearest neighbours need one label a clip")
+    config, recipe, clips, labelled = settle(given, machine, resumed)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
             describe(config, recipe, clips, machine, labelled, resumed)

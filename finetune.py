@@ -296,7 +296,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
     with (contextlib.closing(log.bar),
           loading(data.clips, parts, machine.workers, device) as batches):
         while step < recipe.steps and not caught:
-            rng = np.random.default_rng((recipe.seed, number, step))
+            rng, losses = np.random.default_rng((recipe.seed, number, step)), []
             for _ in range(recipe.accumulate):
                 for batch in batches:
                     data.clips.skipped |= batch.skipped
@@ -315,6 +315,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
                 loss = (F.cross_entropy if recipe.loss == "ce" else
                         F.binary_cross_entropy_with_logits)(logits, targets)
                 scaler.scale(loss / recipe.accumulate).backward()
+                losses.append(loss.detach())
 
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step + 1) * group["scale"]
@@ -326,7 +327,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
             step += 1
 
             bad_in_a_row = torch.where(norm.isfinite(), 0, bad_in_a_row + 1)
-            rows.append(torch.stack([loss, norm]).detach())
+            rows.append(torch.stack([torch.stack(losses).mean(), norm]))
             if step % recipe.log_every == 0 or step == recipe.steps:
                 line = log.write(step, ("loss", "grad_norm"), rows, fold=fold,
                                  lr=recipe.learning_rate(step))

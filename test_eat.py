@@ -2585,6 +2585,23 @@ def test_cuda_graphs_are_for_one_card_and_for_batches_in_one_part(tmp_path, monk
     assert modes == [None, None, "reduce-overhead"]
 
 
+def test_the_log_has_the_means_over_the_parts_of_a_batch(tmp_path, monkeypatch):
+    found = []
+
+    def prepare(self, model, graphs=False):
+        def net(x, mask):
+            found.append(model(x, mask))
+            return found[-1]
+        return net
+
+    monkeypatch.setattr(eat.Machine, "prepare", prepare)
+    train(tmp_path, cpu(), waves(), steps=2, accumulate=2)
+    for line, parts in zip(logged(tmp_path), (found[:2], found[2:]), strict=True):
+        for name, first in parts[0].items():
+            mean = (first.item() + parts[1][name].item()) / 2
+            assert line[name] == pytest.approx(mean, rel=1e-6) and first != parts[1][name]
+
+
 @cuda
 @pytest.mark.parametrize("masking", ["inverse_block", "block", "random"])
 def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
