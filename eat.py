@@ -10,7 +10,7 @@ then the recipe, the training loop, a probe. Where the paper and the released co
 file follows "the release" and says so.
 
 Letters in the shape comments:
-    B clips    C clones of each    T frames of 10 ms    D channels
+    B clips    C clones of each    views = B * C    T frames of 10 ms    D channels
     H x W = N patches (H along time, W along frequency)    K visible patches of each clone
 """
 
@@ -39,14 +39,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
-# These are for the second half. The method needs torch alone.
+# These are for the recipe and what follows it. The model needs torch alone.
 from data import (STATS, Clips, Parser, RunStopped, UsageError, count_frames, describe_skipped,
                   loading, lock, make_folder, measure_stats, open_clips, open_labelled, run,
                   seed_of, shares, shuffled, spectrogram)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
-MEL_BINS = 128  # height of the spectrogram
+MEL_BINS = 128  # width of the spectrogram; a frame is a row of it
 PATCH = 16  # a patch is 16 frames (0.16 s) x 16 mel bins; patches do not overlap
 TARGET_EPS = 1e-5  # epsilon of the norms without parameters, in targets and decoder
 
@@ -129,8 +129,8 @@ class EATConfig:
 # What a preset does not name is the default. "demo" and "tiny" are for short runs, in which the
 # release's utterance weight does harm: on ESC-10, after 600 steps of 4 clips of 5 s, nearest
 # neighbours found 48 % with weight 192 and 63 % with 1, a linear probe 34 % and 70 %.
-# "tiny" has clips of 1.28 s: they led clips of 2.56 s on ESC-50's fold 1 by 70 to 64 % (a linear
-# probe after 3,500 of 13,000 steps of 16 clips, with 8 and with 4 clones).
+# "tiny" has 8 clones of clips of 1.28 s. On ESC-50's fold 1 they led 4 clones of clips of 2.56 s
+# by 70 to 64 % (a linear probe after 3,500 of 13,000 steps of 16 clips).
 PRESETS = {
     "demo": dict(dim=128, depth=4, heads=2, clones=8, frames=256, utterance_weight=1.0),
     "tiny": dict(dim=192, depth=6, heads=3, clones=8, frames=128, utterance_weight=1.0),
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x):  # (B, L, D)
+    def forward(self, x):  # (B, L tokens, D)
         # Each (B, heads, L, D / heads):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if x.device.type == "cpu" and q.dtype != torch.float32:
@@ -236,7 +236,7 @@ class Encoder(nn.Module):
         """What goes into the first block: the normalised CLS token and (visible) patches."""
         x = self.patches(spectrogram)  # (B, N, D)
         if keep is not None:
-            # Repeat per clone (by broadcasting, which copies nothing), then drop what is masked.
+            # Repeat per clone, then drop what is masked: (B, 1, N, D) is indexed by (B, C, K, 1).
             x = x[:, None].take_along_dim(keep[..., None], dim=2).flatten(0, 1)  # (B * C, K, D)
         cls = self.cls.expand(len(x), -1, -1).to(x.dtype)  # CLS has no position
         return self.pre_norm(torch.cat([cls, x], dim=1))
@@ -258,7 +258,7 @@ def count_visible(patches, mask_ratio):
 
 
 def visible_patches(mask, K):
-    """(B, C, N) bool, K of them False in each -> the numbers of those, in order: (B, C, K)."""
+    """(B, C, N) bool, K of each N False -> where those K are, in ascending order: (B, C, K)."""
     return mask.byte().argsort(dim=2, stable=True)[..., :K]  # False is 0, and sorts first
 
 
@@ -271,17 +271,17 @@ def inverse_block_mask(clips, clones, grid, mask_ratio=EATConfig.mask_ratio,
     "inverse_block" (EAT): random blocks, of an odd side, stay visible. The paper's comparison:
     "block", where random blocks are masked, and "random", where every patch is drawn for itself.
 
-    Each patch gets a random score below 1, and the K highest stay visible. A block adds 1 to the
-    scores of its patches, so these come first. Where blocks cover more or less than K patches,
-    chance decides within them, or among the rest: that makes K exact without a loop.
+    Each patch gets a random score below 1, and the K highest stay visible. Those in blocks get 1
+    more and come first (for "block", 1 less and last). Where blocks cover more or less than K
+    patches, chance decides within them, or among the rest: that makes K exact without a loop.
     """
     H, W = grid
     N, views = H * W, clips * clones
     score = torch.rand(views, N, device=device)
     if masking != "random":
         share = (mask_ratio if masking == "block" else 1 - mask_ratio) + mask_adjust
-        # The release finds no room for a block in 64 patches (1 s of sound), and then masks at
-        # random without saying so. Here blocks shrink until one fits.
+        # Of 64 patches (1 s of sound) a share of 0.27 is less than one block of 25. The release
+        # then draws none, which is random masking. Here the blocks shrink until there is one.
         while N * share < mask_block**2 and mask_block > 1:
             mask_block -= 2
         blocks = int(N * share / mask_block**2)
@@ -315,7 +315,7 @@ class Decoder(nn.Module):
                 y = dense_convolution(x, conv)  # the same, and faster on a card when compiled
             else:
                 y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels stay last in memory
-            # In 16 bits under autocast: 1.03 to 1.13 times as fast on a CPU, gradients as exact.
+            # Unlike a Block's, in 16 bits under autocast: 3 to 13 % faster on a CPU, as exact.
             x = (x + F.gelu(self.norm(y))).to(y.dtype)
         return self.proj(x)
 
@@ -385,7 +385,7 @@ class EAT(nn.Module):
             mask = self.draw_mask(len(spectrogram), grid, spectrogram.device)
         K = count_visible(mask.shape[2], config.mask_ratio)
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not ((~mask).sum(2) == K).all():  # a card would have to be waited for
+            if not ((~mask).sum(2) == K).all():  # on a card the host would wait for the answer
                 raise ValueError(f"every mask must leave exactly {K} of {mask.shape[2]} visible")
         keep = visible_patches(mask, K)  # (B, C, K)
 
@@ -402,8 +402,8 @@ class EAT(nn.Module):
         error = (cls - targets.mean(1, keepdim=True)).square().sum(-1) / config.dim**0.5  # (B, C)
         utterance_loss = error.mean()
         # L_UFO = L_f + lambda * L_u, with lambda = 1 in the paper. The release takes the *mean* of
-        # the frame term over masked patches and the *sum* of the utterance term over the clips x
-        # clones on a GPU (12 x 16). So its lambda = 1 weighs the two means written here as 1 : 192.
+        # the frame term over masked patches, but the *sum* of the utterance term over the 12 clips
+        # x 16 clones on a GPU. Here both are means, so the release's lambda of 1 is 192.
         loss = config.frame_weight * frame_loss + config.utterance_weight * utterance_loss
         return {
             "loss": loss,
@@ -427,8 +427,8 @@ class Recipe:
     out: str = option("out", "folder for last.pt, previous.pt and log.jsonl")
     init: str = option(None, "start from a checkpoint's weights, teacher included")
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
-    steps: int = option(400_000, "optimizer updates; unless given, 20 passes over the data, but "
-                        "at least 5,000 updates, and at most the release's")
+    steps: int = option(400_000, "optimizer updates; without this flag 20 passes over the data, "
+                        "but at least 5,000 updates, and at most these 400,000")
     hours: float = option(None, "instead of --steps: hours, by a trial of 30 steps", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
     accumulate: int = option(1, "parts of a batch, one after the other; more on a small card")
@@ -476,7 +476,7 @@ class Recipe:
 
 # The recipes of "tiny" and "demo" are ours, for some thousand steps. The release's decay, annealed
 # in proportion, would leave the teacher after 5,000 steps 84 % the random network that it began as.
-# A constant decay gave 67 % on ESC-10 after 900 steps, one that rose in proportion 64 %.
+# For "tiny" a constant decay gave 67 % on ESC-10 after 900 steps, one that rose in proportion 64 %.
 SHORT = dict(ema_decay=0.9995, ema_end_decay=0.9995, stats="measure")
 RECIPES = {
     "tiny": {**SHORT, "batch_size": 16, "lr": 1e-3},
@@ -497,8 +497,8 @@ def make_optimizer(model, recipe):
 # ---- The training loop ---------------------------------------------------------------------------
 
 
-def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True):
-    """Pre-train on `clips`, probe on `labelled`, keep checkpoints or not -> the number of the
+def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=True):
+    """Pre-train on `clips`, probe on `labelled`, save checkpoints or not -> the number of the
     signal that ended it, or 0."""
     device, step, stop = machine.device, 0, 0
     torch.manual_seed(seed_of(recipe.seed))
@@ -522,7 +522,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
-        if keep and machine.rank == 0:
+        if saving and machine.rank == 0:
             save_checkpoint(recipe.out, {
                 "config": vars(config), "recipe": vars(recipe), "step": step, "clips": len(clips),
                 "processes": machine.world, "model": model.state_dict(),
@@ -531,16 +531,15 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
     with (stop_signals() as caught, contextlib.closing(log.bar),
           loading(clips, parts, machine.workers, device) as batches):
         while step < recipe.steps and not stop:
-            # Masks and noise are drawn from (seed, step, process): a resumed run draws them again.
+            # Masks and noise come from (seed, step, process), so a resumed run repeats them.
             torch.manual_seed(seed_of(recipe.seed, step, machine.rank))
-            losses = []  # of the parts of this batch
+            losses = []  # of the batch's parts
             for _ in range(recipe.accumulate):
                 batch = next(batches)
                 clips.skipped |= batch.skipped
                 if not len(batch.numbers):
                     save(must=True)
-                    raise UsageError(f"{recipe.data}: no clip can be used any more; "
-                                     + describe_skipped(batch.skipped))
+                    raise UsageError(f"no clip is left to use: {describe_skipped(batch.skipped)}")
                 waveforms = batch.waveforms.to(device, non_blocking=True)  # (B, samples)
                 lengths = batch.lengths.to(device, non_blocking=True)  # (B,), without padding
                 x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
@@ -548,8 +547,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, keep=True
                 with machine.autocast():
                     found = net(x, mask)  # x: (B, 1, T, 128)
                 scaler.scale(found["loss"] / recipe.accumulate).backward()
-                # Copied: the next step's CUDA graph writes its losses over these.
-                losses.append(torch.stack([*found.values()]).detach())
+                losses.append(torch.stack([*found.values()]).detach())  # copied; graphs reuse it
 
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step + 1)
@@ -592,47 +590,47 @@ def average_of_blocks(encoder, x):
     return total / len(encoder.blocks), tokens.float()
 
 
-def mean_and_deviation(x, steps):
-    """Over the first `steps` (B,) rows of each of x (B, H, F) -> (B, 2 * F)."""
-    rows = (torch.arange(x.shape[1], device=x.device) < steps[:, None])[..., None]
+def mean_and_deviation(x, filled):
+    """Over the first `filled` (B,) rows of each of x (B, H, width) -> (B, 2 * width)."""
+    rows = (torch.arange(x.shape[1], device=x.device) < filled[:, None])[..., None]
     count = rows.sum(1)
     mean = (x * rows).sum(1) / count
     variance = ((x - mean[:, None]) * rows).square().sum(1) / count
-    return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # at 0 the slope is infinite
+    return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # a finite gradient at 0
 
 
-def readings(encoder, x, steps):
-    """What an encoder says of clips (B, 1, T, 128) whose first `steps` (B,) time steps of 16 frames
-    hold sound, in three readings. "patches" (B, 2 * 8 * D): the 8 frequencies of a time step side
-    by side, averaged over the blocks; of that the mean and the standard deviation over those time
-    steps. "CLS" and "mean of patches" (B, D): of the last block."""
+def readings(encoder, x, filled):
+    """What an encoder says of clips (B, 1, T, 128), whose first `filled` (B,) time steps of 16
+    frames hold sound, in three readings. "patches" (B, 2 * 8 * D): the 8 frequencies of a time step
+    side by side, averaged over the blocks; of that the mean and the standard deviation over those
+    time steps. "CLS" and "mean of patches" (B, D): of the last block."""
     average, tokens = average_of_blocks(encoder, x)
     time = average[:, 1:].unflatten(1, (x.shape[2] // PATCH, -1)).flatten(2)  # (B, H, 8 * D)
-    return {"patches": mean_and_deviation(time, steps),
+    return {"patches": mean_and_deviation(time, filled),
             "CLS": tokens[:, 0], "mean of patches": tokens[:, 1:].mean(1)}
 
 
-def read_features(encoder, x, steps):
-    """The same of a frozen encoder. Each clip is read at its own length: padding changes nothing,
-    not through attention either."""
+def read_features(encoder, x, filled):
+    """`readings` of a frozen encoder. Each clip is cut to its own length first, so that padding
+    changes nothing, not through attention either."""
     found = {}
-    for count in steps.unique().tolist():  # the clips of one length at a time
-        rows = steps == count
-        for name, value in readings(encoder, x[rows, :, : count * PATCH], steps[rows]).items():
+    for count in filled.unique().tolist():  # the clips of one length at a time
+        rows = filled == count
+        for name, value in readings(encoder, x[rows, :, : count * PATCH], filled[rows]).items():
             found.setdefault(name, value.new_empty(len(x), value.shape[1]))[rows] = value
     return found
 
 
 def time_steps(samples, frames):
     """How many time steps of 16 frames, of a clip of `frames`, that many samples fill; at least 1.
-    To read one more, part padding, cost 0.3 points on ESC-50 (linear; 1.3 of neighbours)."""
+    To count a last one that is part padding cost 0.3 points on ESC-50 (linear; neighbours 1.3)."""
     return (count_frames(samples) // PATCH).clip(1, frames // PATCH)
 
 
 @torch.no_grad()
 def features(encoder, config, clips, numbers, machine, read=read_features):
-    """`read` of some clips -> its readings, and the clips' numbers, on the CPU. Clips that cannot
-    be read are missing, and named in clips.skipped."""
+    """Call `read` on the clips of some `numbers` -> what it says of them, and their numbers, on the
+    CPU. Clips that cannot be read are missing, and named in clips.skipped."""
     parts, used = {}, []
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(32)]
     with loading(clips, chunks, min(machine.workers, len(chunks)), machine.device) as batches:
@@ -642,20 +640,20 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
                 continue
             x = spectrogram(batch.waveforms.to(machine.device), batch.lengths.to(machine.device),
                             config.frames, config.mean, config.std)
-            steps = time_steps(batch.lengths, config.frames)
+            filled = time_steps(batch.lengths, config.frames)
             with machine.autocast():
-                for name, value in read(encoder, x, steps.to(machine.device)).items():
+                for name, value in read(encoder, x, filled.to(machine.device)).items():
                     parts.setdefault(name, []).append(value.float().cpu())
-            used.append(batch.numbers.clone())  # it itself holds a file of its worker's open
+            used.append(batch.numbers.clone())  # the original would keep a worker's file open
     if not used:
         raise UsageError(f"no clip can be read; {describe_skipped(clips.skipped)}")
     return {name: torch.cat(values) for name, values in parts.items()}, torch.cat(used)
 
 
 def nearest_neighbours(bank, bank_targets, queries, k=10):
-    """Scores (m, classes) of queries (m, F): the k nearest of the bank (n, F) vote for what they
-    are, bank_targets (n, classes), weighted by cosine similarity of standardised features."""
-    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # of one: 0
+    """Scores (m, classes) of queries (m, width): the k nearest of the bank (n, width) vote for what
+    they are, bank_targets (n, classes), by the cosine similarity of standardised features."""
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # one clip: 0
     bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
     similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     return (similarity[..., None] * bank_targets[nearest]).sum(1)
@@ -1214,7 +1212,7 @@ def bench(**given):
     with tempfile.TemporaryDirectory() as out:
         every = max(1, recipe.steps // 5)
         recipe = dataclasses.replace(recipe, out=out, log_every=every)
-        train(config, recipe, clips, machine, keep=False)
+        train(config, recipe, clips, machine, saving=False)
         lines = read_log(out)[-4:]  # the first has compiling in it
     taken = 1 / np.median([line["steps_per_second"] for line in lines])
     found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,
@@ -1306,7 +1304,7 @@ def choose_steps(recipe, config, clips, machine):
     if recipe.hours:
         with tempfile.TemporaryDirectory() as out:
             trial = dataclasses.replace(recipe, steps=30, out=out, log_every=10)
-            stopped = train(config, trial, clips, machine, keep=False)
+            stopped = train(config, trial, clips, machine, saving=False)
             if stopped:
                 raise SystemExit(128 + stopped)
             rate = read_log(out)[-1]["steps_per_second"] if machine.rank == 0 else 0.0

@@ -39,7 +39,7 @@ from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option
 class Classifier(nn.Module):
     """An encoder with a head: (B, 1, T, 128) -> logits (B, classes). `classes`: names, or how many.
     The head reads "CLS", as the release's does, or "patches", which holds more of a small encoder's
-    knowledge (see eat.readings), over the first `steps` (B,) time steps of 16 frames of each clip:
+    knowledge (see eat.readings), over the first `filled` (B,) time steps of 16 frames of each clip:
     those that hold sound; by default all."""
 
     def __init__(self, encoder, classes, drop_path=0.0, reading="CLS"):
@@ -57,12 +57,12 @@ class Classifier(nn.Module):
         for block, rate in zip(encoder.blocks, rates):  # rises linearly over the blocks
             block.drop_path = rate
 
-    def forward(self, x, steps=None):
+    def forward(self, x, filled=None):
         if self.reading == "CLS":
             return self.head(self.fc_norm(self.encoder(x)[:, 0]))
-        if steps is None:
-            steps = torch.full((len(x),), x.shape[2] // PATCH, device=x.device)
-        return self.head(self.fc_norm(eat.readings(self.encoder, x, steps)[self.reading]))
+        if filled is None:
+            filled = torch.full((len(x),), x.shape[2] // PATCH, device=x.device)
+        return self.head(self.fc_norm(eat.readings(self.encoder, x, filled)[self.reading]))
 
 
 def load_classifier(path):
@@ -197,7 +197,7 @@ def augmented(waveforms, lengths, targets, config, recipe, rng):
     """A training batch -> spectrogram (B, 1, T, 128), the time steps that hold sound (B,), targets
     (B, classes). As in the release noise comes before mixup and SpecAugment, so that masked bands
     are exactly 0."""
-    waveforms, steps = as_float(waveforms), eat.time_steps(lengths, config.frames)
+    waveforms, filled = as_float(waveforms), eat.time_steps(lengths, config.frames)
     if recipe.roll:
         waveforms = roll_and_gain(waveforms, lengths, rng)
     x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
@@ -205,12 +205,12 @@ def augmented(waveforms, lengths, targets, config, recipe, rng):
         x = add_noise_and_roll(x, rng)
     if recipe.mixup and rng.random() < recipe.mixup_prob:
         x, targets = mixup(x, targets, recipe.mixup, rng)
-        steps = torch.maximum(steps, steps.flip(0))
+        filled = torch.maximum(filled, filled.flip(0))
     elif recipe.label_smoothing and not recipe.mixup:
         targets = targets * (1 - recipe.label_smoothing) + recipe.label_smoothing / targets.shape[1]
     if recipe.spec_augment:
         x = spec_augment(x, recipe.spec_augment, int(rng.integers(2**62)))
-    return x, steps, targets
+    return x, filled, targets
 
 # ---- Metrics -------------------------------------------------------------------------------------
 
@@ -308,10 +308,10 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
                 waveforms = batch.waveforms.to(device, non_blocking=True)
                 lengths = batch.lengths.to(device, non_blocking=True)
                 targets = data.targets(batch.numbers.tolist()).to(device, non_blocking=True)
-                x, steps, targets = augmented(waveforms, lengths, targets, config, recipe, rng)
+                x, filled, targets = augmented(waveforms, lengths, targets, config, recipe, rng)
                 torch.manual_seed(int(rng.integers(2**62)))  # DropPath's
                 with machine.autocast():
-                    logits = net(x, steps).float()
+                    logits = net(x, filled).float()
                 loss = (F.cross_entropy if recipe.loss == "ce" else
                         F.binary_cross_entropy_with_logits)(logits, targets)
                 scaler.scale(loss / recipe.accumulate).backward()
@@ -336,8 +336,8 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
     return step == recipe.steps
 
 
-def probabilities_of(model, x, steps):
-    logits = model(x, steps).float()
+def probabilities_of(model, x, filled):
+    logits = model(x, filled).float()
     return {"probabilities": logits.sigmoid() if model.multi_label else logits.softmax(1)}
 
 
@@ -376,7 +376,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
 def linear_probe(bank, targets, queries, penalties, multi_label):
     """Logistic regression on standardised features, for each l2 of some penalties: to the optimum
     of the summed loss + l2 / 2 * |w|^2, by L-BFGS in float64 -> {l2: scores of the queries}."""
-    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # of one: 0
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # one clip: 0
     bank, queries = (((x - mean) / std).double() for x in (bank, queries))
     # The best weights lie in the span of the clips, so they are sought along its principal axes:
     # there are no more of those than clips, however many features there are.
@@ -427,12 +427,12 @@ def read_all(data, start, config, recipe, machine):
     encoder = Encoder(config).to(machine.device).eval()
     encoder.load_state_dict(random.state_dict() if start is None else start)
 
-    def read(model, x, steps):
-        kinds = eat.read_features(model, x, steps)
+    def read(model, x, filled):
+        kinds = eat.read_features(model, x, filled)
         if recipe.checkpoint:
-            kinds["random weights, patches"] = eat.read_features(random, x, steps)["patches"]
+            kinds["random weights, patches"] = eat.read_features(random, x, filled)["patches"]
         # Each mel band's mean and deviation over the same time.
-        kinds["no network"] = eat.mean_and_deviation(x[:, 0], steps * PATCH)
+        kinds["no network"] = eat.mean_and_deviation(x[:, 0], filled * PATCH)
         return kinds
 
     return eat.features(encoder, config, data.clips, range(len(data.clips)), machine, read)
@@ -536,7 +536,7 @@ def write_results(results, data, recipe, config):
 
 
 def read_files(model, config, path, machine, read, every=None, average=False):
-    """Run `read`, a function (model, x, steps) -> dict, on all files in `path`: on windows that
+    """Run `read`, a function (model, x, filled) -> dict, on all files in `path`: on windows that
     follow each other, the last one padded; or on one for every `every` seconds, around their
     middle -> for each file its name, where its windows begin and end (seconds), and what was read:
     a row a window; or the rows' `average` by how much sound each window holds."""
@@ -622,15 +622,15 @@ def read_labels(path, count):
     return names
 
 
-def time_rows(encoder, x, steps):
+def time_rows(encoder, x, filled):
     """A row every 0.16 s, the 8 frequencies of a time step side by side, averaged over the blocks
     -> (B, H, 8 * D)."""
     rows = x.new_zeros(len(x), x.shape[2] // PATCH, MEL_BINS // PATCH * encoder.config.dim)
-    for count in steps.unique().tolist():  # as eat.read_features: padding changes nothing
-        mine = steps == count
+    for count in filled.unique().tolist():  # as eat.read_features: padding changes nothing
+        mine = filled == count
         average, _ = eat.average_of_blocks(encoder, x[mine, :, : count * PATCH])
         rows[mine, :count] = average[:, 1:].unflatten(1, (count, -1)).flatten(2)
-    return {"rows": rows, "steps": steps[:, None]}
+    return {"rows": rows, "filled": filled[:, None]}
 
 
 def embed(args):
@@ -648,10 +648,10 @@ def embed(args):
             for kind, x in found.items():
                 columns[kind.replace(" ", "_")].append(x[0].astype(np.float32))
             continue
-        for rows, begin, steps in zip(found["rows"], starts, found["steps"][:, 0].astype(int)):
-            columns["features"].extend(rows[:steps])
-            columns["path_index"].extend([len(columns["paths"]) - 1] * steps)
-            columns["seconds"].extend(begin + np.arange(steps) * PATCH * SHIFT / SAMPLE_RATE)
+        for rows, begin, filled in zip(found["rows"], starts, found["filled"][:, 0].astype(int)):
+            columns["features"].extend(rows[:filled])
+            columns["path_index"].extend([len(columns["paths"]) - 1] * filled)
+            columns["seconds"].extend(begin + np.arange(filled) * PATCH * SHIFT / SAMPLE_RATE)
     columns = {name: np.array(rows) for name, rows in columns.items()}
     np.savez(out, **columns)
     shapes = ", ".join(f"{name} {x.shape}" for name, x in columns.items() if name != "paths")
@@ -728,8 +728,8 @@ def look(args):
     clips = open_clips(args.clip, 256 if args.clip == "demo" else 1024)  # the first 10 s
     clips.replace = False
     waveform = as_float(clips.usable(0))
-    steps = eat.time_steps(torch.tensor(len(waveform)), clips.frames).item()
-    grid = (max(2, steps), MEL_BINS // PATCH)
+    filled = eat.time_steps(torch.tensor(len(waveform)), clips.frames).item()
+    grid = (max(2, filled), MEL_BINS // PATCH)
     x = spectrogram(waveform[None], torch.tensor([len(waveform)]), grid[0] * PATCH, config.mean,
                     config.std)
     image = x[0, 0].T.numpy()

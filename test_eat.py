@@ -458,8 +458,8 @@ def waves(**how):
     (5847, {"hours": 1.0}, 7200), (5847, {"hours": 1.0, "steps": 7}, 7),
     (4000, {"data": "demo"}, 600), (4000, {"data": "demo", "hours": 0.1}, 720)])
 def test_a_run_gets_a_fitting_number_of_steps(clips, given, steps, monkeypatch):
-    def trial(config, recipe, clips, machine, keep):
-        assert recipe.steps == 30 and not keep
+    def trial(config, recipe, clips, machine, saving):
+        assert recipe.steps == 30 and not saving
         (Path(recipe.out) / "log.jsonl").write_text('{"step": 30, "steps_per_second": 2.0}\n')
 
     monkeypatch.setattr(eat, "open_clips", lambda path, frames, seed: waves(size=clips))
@@ -2256,7 +2256,7 @@ def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_pa
         ("", "eat", run("collapse", "--collapse-std=5"), 1, "stopped at step 1: collapsed"),
         (deleted, "eat", flags(sounds, outs / "deleted", "--workers=2"), 0, "the encoder is in"),
         (a_file, "eat", run("file"), 1, "--resume goes on from there"),
-        (moved("sound"), "eat", endless, 2, "no clip can be used any more"),
+        (moved("sound"), "eat", endless, 2, "no clip is left to use"),
         (moved("probe"), "eat", run("probed", f"--probe={tmp_path}/probe"), 2,
          "no clip can be read"),
         ("at(data.SoundFiles, 'read', 35, send(9))", "eat", run("killed"), 1, "Run it again"),
