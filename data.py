@@ -304,10 +304,17 @@ class SoundFiles:
         try:
             return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
         except AudioError as error:
-            # A header may claim hours: after the first clip that is not there, no more is sought.
-            if start and "not finite" not in error.reason:
+            # A header may claim hours. Where its last second is not there, no more is sought after
+            # the first clip that is not.
+            if start and "no such" not in error.reason and not self._has_end(file):
                 self.ends[file] = start
             raise
+
+    def _has_end(self, file):
+        with contextlib.suppress(AudioError):
+            last = max(0, self.lengths[file] / SAMPLE_RATE - 1)
+            return len(load_audio(self.names[file], last)) > 0
+        return False
 
     def __getitem__(self, file):
         """All of a file, for a pack: int16 samples, their unit, and the reason where none are."""

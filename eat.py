@@ -505,9 +505,9 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     model = EAT(config).to(device)
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
     if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        model.load_state_dict(resumed.pop("model"))  # and so its memory is given back
+        optimizer.load_state_dict(resumed.pop("optimizer"))
+        machine.restore(scaler, resumed["scaler"])
         step = resumed["step"]
     elif recipe.init:
         start_from(model, recipe.init)
@@ -522,7 +522,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
-        if saving and machine.rank == 0:
+        if saving and step and machine.rank == 0:
             save_checkpoint(recipe.out, {
                 "config": vars(config), "recipe": vars(recipe), "step": step, "clips": len(clips),
                 "processes": machine.world, "model": model.state_dict(),
@@ -570,7 +570,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 line = log.write(step, (*found, "grad_norm"), rows, lr=recipe.learning_rate(step),
                                  teacher_decay=recipe.teacher_decay(step))
                 rows = []
-                check_health(line, int(bad_in_a_row), recipe, machine)  # a spoilt run is not saved
+                check_health(line, int(bad_in_a_row), config, recipe, machine)  # before saving
                 if finished or stop or (save_due and not bad_in_a_row):
                     save(must=finished or stop)
             probe_due = finished or step % (recipe.probe_every or recipe.steps) == 0
@@ -639,8 +639,8 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
             if not len(batch.numbers):
                 continue
             x = spectrogram(batch.waveforms.to(machine.device), batch.lengths.to(machine.device),
-                            config.frames, config.mean, config.std)
-            filled = time_steps(batch.lengths, config.frames)
+                            clips.frames, config.mean, config.std)
+            filled = time_steps(batch.lengths, clips.frames)
             with machine.autocast():
                 for name, value in read(encoder, x, filled.to(machine.device)).items():
                     parts.setdefault(name, []).append(value.float().cpu())
@@ -698,6 +698,9 @@ class Machine:
                   "old driver, or a build of torch for CPUs)", file=sys.stderr)
         if cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if self.device.index >= torch.cuda.device_count():
+                raise ValueError(f"device: {torch.cuda.device_count()} card(s) for more processes "
+                                 "of torchrun; start one a card")
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # all shapes are fixed
             torch.backends.cudnn.allow_tf32 = False  # float32 means float32 in convolutions too
@@ -750,8 +753,18 @@ class Machine:
         return torch.amp.GradScaler(self.device.type, init_scale=1.0, growth_interval=2**30,
                                     backoff_factor=1 - 1e-9)  # in float32: 1
 
+    def restore(self, scaler, state):
+        """A run that goes on in another precision keeps nothing of its scaler."""
+        if state["growth_interval"] == scaler.get_growth_interval():
+            scaler.load_state_dict(state)
+
+    def memory(self):
+        """Bytes of the smallest card of the run."""
+        mine = torch.cuda.get_device_properties(self.device).total_memory
+        return int(self.reduce(mine, "MIN"))
+
     def reduce(self, value, how="SUM"):
-        """A tensor's (or number's) sum, or "MAX", over the processes."""
+        """A tensor's (or number's) sum, or "MAX" or "MIN", over the processes."""
         if self.world == 1:
             return value
         value = torch.as_tensor(value, device=self.device)
@@ -807,7 +820,7 @@ class Log:
 
     def __init__(self, out, step, steps, machine, clips, name="step", keep=None):
         self.path, self.machine, self.clips = os.path.join(out, "log.jsonl"), machine, clips
-        self.named, self.step, self.since = len(clips.skipped), step, time.monotonic()
+        self.named, self.step, self.since = len(clips.skipped), step, time.perf_counter()
         terminal = sys.stderr.isatty()
         plain = "{l_bar}{n}/{total} {rate_fmt}, about {remaining} to go{postfix}\n"
         self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=machine.rank > 0,
@@ -828,7 +841,7 @@ class Log:
         sums = torch.stack([rows.nan_to_num(0, 0, 0).sum(0), finite.sum(0)])
         means = {name: total / count if count else None
                  for name, total, count in zip(names, *self.machine.reduce(sums).tolist())}
-        steps, seconds = step - self.step, time.monotonic() - self.since
+        steps, seconds = step - self.step, time.perf_counter() - self.since
         line = {"step": step, **means, "not_finite": int((~finite[:, -1]).sum()), **more,
                 "steps_per_second": steps / seconds, "skipped": len(self.clips.skipped)}
         self.append(line)
@@ -843,7 +856,7 @@ class Log:
         if line["not_finite"] and self.machine.rank == 0:
             self.say(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
                      "steps were not finite, and changed no weight of the student")
-        self.step, self.since = step, time.monotonic()
+        self.step, self.since = step, time.perf_counter()
         return line
 
     def probed(self, step, found):
@@ -852,7 +865,7 @@ class Log:
         said = ", ".join(f"{k[4:].replace('_', ' ')} {value:.1%}" for k, value in found.items())
         self.say(f"step {step:7,}: nearest neighbours find {said}", sys.stdout)
         sys.stdout.flush()
-        self.since = time.monotonic()  # probing is no training
+        self.since = time.perf_counter()  # probing is no training
 
     def append(self, line):
         """A full disk or a deleted folder costs lines, not the run."""
@@ -868,9 +881,10 @@ class Log:
         self.bar.write(text, file=where or sys.stderr)
 
 
-def check_health(line, bad_in_a_row, recipe, machine):
+def check_health(line, bad_in_a_row, config, recipe, machine):
     """Raise RunStopped where a run has gone wrong."""
-    spread = [line[name] for name in ("target_std", "prediction_std") if line.get(name) is not None]
+    names = ("target_std", "prediction_std")[: 2 if config.frame_weight else 1]  # no loss, no need
+    spread = [line[name] for name in names if line.get(name) is not None]
     # In float16 the GradScaler may need 16 such steps to come down to its scale.
     if bad_in_a_row >= (26 if machine.dtype == torch.float16 else 10):
         why = (f"the gradients were not finite {bad_in_a_row} times in a row. Try a lower --lr, "
@@ -896,7 +910,7 @@ def read_log(out):
 
 def save_checkpoint(folder, state, must):
     """Write folder/last.pt; the one before stays as previous.pt. At every moment one is whole, and
-    after a failure both are as they were. That ends a run only if it `must` be saved."""
+    where writing fails both are as they were. That ends a run only if it `must` be saved."""
     last, previous = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
     try:
         os.makedirs(folder, exist_ok=True)
@@ -1007,7 +1021,8 @@ RENAMED = {"cls": "extra_tokens", "patches.proj": "local_encoder.proj",
 FIELDS = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio": "mlp_ratio",
           "norm_eps": "norm_eps", "norm_mean": "mean", "norm_std": "std", "clone_batch": "clones",
           "target_length": "frames", "mask_prob": "mask_ratio", "mask_length": "mask_block",
-          "mask_prob_adjust": "mask_adjust", "mask_noise_std": "mask_noise_std"}  # theirs: ours
+          "mask_prob_adjust": "mask_adjust", "mask_noise_std": "mask_noise_std",
+          "utterance_weight": "utterance_weight"}  # theirs: ours; the last is in our files alone
 POSITIONS = "fixed_positional_encoder.positions"  # computed here
 
 
@@ -1212,7 +1227,9 @@ def bench(**given):
     with tempfile.TemporaryDirectory() as out:
         every = max(1, recipe.steps // 5)
         recipe = dataclasses.replace(recipe, out=out, log_every=every)
-        train(config, recipe, clips, machine, saving=False)
+        stopped = train(config, recipe, clips, machine, saving=False)
+        if stopped:
+            return 128 + stopped
         lines = read_log(out)[-4:]  # the first has compiling in it
     taken = 1 / np.median([line["steps_per_second"] for line in lines])
     found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,
@@ -1281,8 +1298,7 @@ def choose_preset(given, machine):
         return "demo"
     if machine.device.type == "cpu":
         return "tiny"
-    memory = torch.cuda.get_device_properties(machine.device).total_memory
-    return "base" if memory > 20 * 2**30 else "small"
+    return "base" if machine.memory() > 20 * 2**30 else "small"
 
 
 def choose_parts(batch_size, config, machine):
@@ -1290,11 +1306,11 @@ def choose_parts(batch_size, config, machine):
     of base took 11.5 GB compiled, and 21 not, in 16 bits. With a margin, all else in proportion."""
     if machine.device.type == "cpu":
         return 1
-    base, memory = EATConfig(), torch.cuda.get_device_properties(machine.device).total_memory
+    base = EATConfig()
     size = (config.dim * config.depth * config.clones * config.patches
             / (base.dim * base.depth * base.clones * base.patches))
     clip = (14e9 if machine.compile else 24e9) / 12 * machine.dtype.itemsize / 2 * size  # bytes
-    most = max(1, memory / clip)
+    most = max(1, machine.memory() / clip)
     share = max(1, batch_size // machine.world)
     return next(n for n in range(1, share + 1) if share % n == 0 and share / n <= most)
 
@@ -1344,7 +1360,8 @@ def settle(given, machine, resumed=None):
 def open_probe(recipe, config):
     if recipe.probe_every and not recipe.probe:
         raise UsageError("--probe-every: --probe must name the labelled sound to probe on")
-    labelled = recipe.probe and open_labelled(recipe.probe, config.frames, seed=recipe.seed)
+    frames = config.frames if recipe.probe == "demo" else max(512, config.frames)  # as finetune.py
+    labelled = recipe.probe and open_labelled(recipe.probe, frames, seed=recipe.seed)
     if labelled and labelled.multi_label:
         raise UsageError(f"--probe {recipe.probe}: nearest neighbours need one label a clip")
     return labelled
@@ -1392,6 +1409,8 @@ def pretrain(**given):
     config, recipe, clips, labelled = settle(given, machine, resumed)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
+            if not resumed:  # has another run come and gone since it was asked?
+                resume({"out": recipe.out}, "processes")
             describe(config, recipe, clips, machine, labelled, resumed)
         stopped = train(config, recipe, clips, machine, resumed, labelled)
     if machine.world > 1:

@@ -478,8 +478,8 @@ def test_a_batch_is_split_by_a_cards_memory(gigabytes, preset, world, compiled, 
                                             monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: types.SimpleNamespace(total_memory=gigabytes * 1e9))
-    machine = types.SimpleNamespace(device=torch.device("cuda"), world=world, compile=compiled,
-                                    dtype=torch.bfloat16)
+    machine = cpu("bfloat16", compiled)
+    machine.device, machine.world, machine.reduce = torch.device("cuda"), world, lambda x, how: x
     assert eat.choose_parts(48, EATConfig.preset(preset), machine) == parts
 
 
@@ -811,6 +811,26 @@ def test_a_probe_starts_anew_with_its_run_and_says_what_it_probes_on(sounds, esc
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_that_came_and_went_meanwhile_is_not_written_over(sounds, whole_run, tmp_path, capsys,
+                                                                monkeypatch):
+    def opened(*how):
+        shutil.copytree(whole_run, tmp_path / "out")
+        return open_clips(*how)
+
+    monkeypatch.setattr(eat, "open_clips", opened)
+    refused(eat.main, flags(sounds, tmp_path / "out", "--resume"), "holds a run already", capsys)
+    assert same_runs(tmp_path / "out", whole_run)
+
+
+def test_more_processes_than_cards_and_a_stopped_benchmark(monkeypatch, capsys):
+    monkeypatch.setattr(eat, "train", lambda *how, **more: 15)
+    assert eat.main(["bench", *CPU_FLAGS, *SMALL_FLAGS]) == 143
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    refused(eat.main, ["--data=demo", "--device=cuda"], "2 card(s) for more processes", capsys)
+
+
 BAD_INPUT = {
     "eat": [
         ("--data=nowhere", "no such file or folder"), ("--probe-every=2", "--probe must name"),
@@ -881,6 +901,13 @@ def test_bad_input_gets_one_line_and_status_2(program, wrong, says, sounds, whol
     refused(sys.modules[program].main, words, says, capsys)
 
 
+def test_a_run_without_a_step_leaves_no_checkpoint(tmp_path, capsys):
+    write(tmp_path / "a.wav", np.zeros(20_000))
+    assert eat.main(flags(tmp_path, tmp_path / "out", "--stats=audioset")) == 2
+    assert "no clip is left to use" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out/last.pt").exists()
+
+
 @pytest.mark.parametrize("device, more", [
     ("cpu", ["--clones=1000000000"]),
     pytest.param("cuda", ["--dim=768", "--heads=12", "--depth=12", "--no-compile"], marks=cuda)])
@@ -913,6 +940,7 @@ def test_help_names_every_field(capsys):
 def train(out, machine, clips, resumed=None, **more):
     """A run of eat.train with batches of 2 -> its last checkpoint, and the one before."""
     how = dict(batch_size=2, lr=1e-3, warmup_steps=0, log_every=1, save_every=1)
+    resumed = resumed and {**resumed}
     eat.train(small(), Recipe(out=str(out), **how, **more), clips, machine, resumed)
     return [eat.read_checkpoint(path) for path in eat.find_checkpoints(out)]
 
@@ -939,8 +967,19 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(device, precision, tmp_pa
         assert all(torch.equal(found[name], value) for name, value in moments.items())
     further, _ = train(tmp_path, machine, waves(), resumed=after, steps=last + 2)
     assert not torch.equal(further["model"]["student.cls"], after["model"]["student.cls"])
+    other = "float16" if precision != "float16" else "bfloat16"  # another scaler's state is no use
+    further, _ = train(tmp_path, machine_of(device, other), waves(), resumed=after, steps=last + 2)
+    assert (further["scaler"]["scale"] > 1) == (other == "float16")
     with pytest.raises(data.RunStopped, match="in a row"):
         train(tmp_path / "2", machine, waves(loud=range(100)), steps=30)
+
+
+def test_a_decoder_without_a_loss_is_no_collapse():
+    line, recipe = {"step": 9, "target_std": 0.9, "prediction_std": 0.001}, Recipe(out="nowhere")
+    eat.check_health(line, 0, small(frame_weight=0.0), recipe, cpu())
+    for config, lower in ((small(), {}), (small(frame_weight=0.0), {"target_std": 0.001})):
+        with pytest.raises(data.RunStopped, match="collapsed"):
+            eat.check_health({**line, **lower}, 0, config, recipe, cpu())
 
 
 @pytest.mark.parametrize("device, scale", [
@@ -1075,7 +1114,7 @@ def test_our_encoder_survives_export(name, dtype, whole_run, tmp_path):
     ours, back = eat.load_encoder(source), eat.load_encoder(target)
     for key, tensor in ours.state_dict().items():
         assert torch.equal(back.state_dict()[key], tensor.to(dtype).float()), key
-    for key in ("dim", "depth", "heads", "frames", "mean", "std", "norm_eps"):
+    for key in ("dim", "heads", "frames", "mean", "std", "norm_eps", "clones", "utterance_weight"):
         assert getattr(back.config, key) == getattr(ours.config, key), key
     with pytest.raises(UsageError, match="an encoder alone"):
         eat.load_pretrained(target)
@@ -1483,6 +1522,19 @@ def test_a_file_that_is_cut_off_gives_what_it_has(tmp_path):
         batch = clips[asked]
         assert batch.numbers.tolist() == given and batch.lengths.tolist() == [10_480] * len(given)
     assert batch.skipped == {str(path): "ends before its header says"}
+
+
+def test_a_hole_in_a_file_costs_the_clips_it_is_in(tmp_path):
+    path = write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-0.5, 0.5, 160_000))
+    content = bytearray(path.read_bytes())
+    hole = len(content) * 5 // 16
+    content[hole : hole + 2000] = bytes(2000)
+    path.write_bytes(content)
+    clips = open_clips(str(tmp_path), 64)
+    for number in range(len(clips)):  # in this order a hole could be taken for the end
+        with contextlib.suppress(data.AudioError):
+            clips.usable(number)
+    assert [clips[[number]].numbers.tolist() for number in (3, 10, 15)] == [[3], [10], [15]]
 
 
 def test_the_demo_comes_from_its_seed_and_its_classes_do_not_differ_in_mean_spectrum():
