@@ -9,7 +9,6 @@ At the end stands what the command lines of all three programs share.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -17,6 +16,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing.pool
 import os
 import signal
 import sys
@@ -85,7 +85,7 @@ def load_audio(path, start=0.0, seconds=math.inf):
             left -= len(block)
     if not blocks:
         raise AudioError(path, "holds no samples")
-    waveform = _resampler(rate)(torch.from_numpy(np.concatenate(blocks)))
+    waveform = _resampled(torch.from_numpy(np.concatenate(blocks)), rate)
     if not waveform.isfinite().all():
         raise AudioError(path, "holds samples that are not finite numbers")
     return waveform
@@ -105,9 +105,24 @@ def opened(path):
             if file.frames <= 0:
                 raise ValueError("no samples in it")
             yield file
+    except MemoryError:
+        raise
     except Exception as error:  # soundfile says "Error opening 'path': reason."
         reason = str(error).rsplit(": ", 1)[-1].rstrip(".")
         raise AudioError(path, f"cannot be read as sound ({reason})") from None
+
+
+def _resampled(waveform, rate):
+    """To 16 kHz, in pieces: torchaudio takes 15 times the memory of what it resamples. Each piece
+    has 32 turns of the filter around it, more than the filter is wide."""
+    resampler, pieces = _resampler(rate), []
+    old, new = (rate // resampler.gcd for rate in (resampler.orig_freq, resampler.new_freq))
+    size = (1 << 22) // old * old
+    for start in range(0, len(waveform), size):
+        before = min(start, 32 * old)
+        piece = resampler(waveform[start - before : start + size + 32 * old])
+        pieces.append(piece[before // old * new :][: size // old * new])
+    return torch.cat(pieces)
 
 
 @functools.lru_cache(maxsize=32)
@@ -168,6 +183,15 @@ def spectrogram(waveforms, lengths, frames, mean, std):
     place = torch.arange(frames, device=x.device)[:, None]
     x = torch.where(place < count_frames(lengths)[:, None, None], x, 0.0)
     return ((x - mean) / (2 * std))[:, None]
+
+
+def loudness(x, std, filled, size):
+    """How loud the stretches of `size` frames of spectrograms (B, 1, T, 128) are, by Stevens' law
+    power ** 0.3 -> as shares (B, T / size), which sum to 1 over the first `filled` (B,) stretches
+    and are 0 in the padding behind them."""
+    level = (2 * std * x[:, 0]).unflatten(1, (-1, size)).logsumexp((2, 3))  # log of the power
+    padding = torch.arange(level.shape[1], device=x.device) >= filled[:, None]
+    return (0.3 * level).masked_fill(padding, -math.inf).softmax(1)
 
 
 def measure_stats(clips, most=1000):
@@ -256,11 +280,17 @@ class Clips(Dataset):
         waveforms = torch.zeros(len(rows), self.samples, dtype=torch.int16 if short else None)
         for waveform, row in zip(waveforms, rows):
             waveform[: len(row)] = row if short else as_float(row)
+        waveforms = shared(waveforms)
         lengths = torch.tensor([len(row) for row in rows])
         return Batch(waveforms, lengths, torch.tensor(used), skipped)
 
     def advice(self):
-        """A remark on the length of a clip, where most of them are much shorter."""
+        """A remark on the length of a clip, where most are much shorter, or the files longer."""
+        longer = np.median(self.source.lengths[self.file]).item()
+        if not self.replace and longer > 1.5 * self.samples:
+            frames = 16 * math.ceil(count_frames(longer) / 16)
+            return (f"; of half of the files, which are longer than {longer / SAMPLE_RATE:.2f} s, "
+                    f"only the beginning is used: try --frames {frames:.0f}")
         some = np.linspace(0, len(self) - 1, min(100, len(self))).astype(int)
         lengths = self[some.tolist()].lengths
         median = lengths.float().median().item() if len(lengths) else self.samples
@@ -269,6 +299,12 @@ class Clips(Dataset):
         frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
         return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, and "
                 f"the rest of them is padding: try --frames {frames}")
+
+
+def shared(x):
+    """What a worker sends goes through shared memory. Put there here, a lack of it is an error that
+    the main process hears of; later it would wait for ever."""
+    return x.share_memory_() if torch.utils.data.get_worker_info() else x
 
 
 class SoundFiles:
@@ -282,8 +318,8 @@ class SoundFiles:
 
     @functools.cached_property
     def lengths(self):
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            found = pool.map(self._length, range(len(self.names)))
+        with multiprocessing.pool.ThreadPool(8) as pool:
+            found = pool.imap(self._length, range(len(self.names)), 100)
             return np.array(list(tqdm(found, "reading headers", len(self.names), disable=None,
                                       leave=False)))
 
@@ -323,7 +359,8 @@ class SoundFiles:
         except AudioError as error:
             return torch.zeros(0, dtype=torch.int16), 1 / 32768, error.reason
         unit = max(1.0, waveform.abs().max().item()) / 32768
-        return (waveform / unit).round().clamp(-32768, 32767).short(), unit, None
+        samples = (waveform / unit).round().clamp(-32768, 32767).short()
+        return shared(samples), unit, None
 
 
 def find_audio(path):
@@ -366,12 +403,15 @@ def read_lines(path):
         raise AudioError(path, "cannot be read: no folder, no sound, no text") from None
 
 
-def open_clips(path, frames, seed=0):
+def open_clips(path, frames, seed=0, training=False):
     """`path` ("demo", a pack, or as in `find_audio`) -> Clips of `frames` frames."""
     if path == "demo":
         return Clips(Demo(frames, seed), frames)
     packed = os.path.exists(os.path.join(path, "pack.json"))
     clips = Clips(Pack(path) if packed else SoundFiles(find_audio(path)), frames)
+    if packed and training:  # not on eval.tsv, which is in the pack too
+        mine = clips.file < clips.source.trained
+        clips.file, clips.start = clips.file[mine], clips.start[mine]
     if not len(clips):
         raise AudioError(path, "none of its files can be used; " + describe_skipped(clips.skipped))
     return clips
@@ -452,8 +492,10 @@ def pack(source, out, workers):
     says by how much."""
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
-    paths = sum(map(find_audio, lists), []) if manifests else find_audio(source)
-    names = [os.path.abspath(path) for path in paths]
+    paths, held_out = find_audio(lists[0] if manifests else source), []
+    if manifests:
+        held_out = find_audio(lists[1])
+    names = [os.path.abspath(path) for path in paths + held_out]
     ends, units, skipped = [], [], {}
     if os.path.isdir(out) and set(os.listdir(out)) - {"samples", "lock", "pack.json.part"}:
         raise AudioError(out, "holds a pack, or something else, already; choose another folder")
@@ -467,8 +509,8 @@ def pack(source, out, workers):
                 skipped[name] = reason
         samples.flush()
         os.fsync(samples.fileno())
-        about = {"source": os.path.abspath(source), "names": names, "ends": ends, "units": units,
-                 "skipped": skipped}
+        about = {"source": os.path.abspath(source), "names": names, "trained": len(paths),
+                 "ends": ends, "units": units, "skipped": skipped}
         Path(out, "pack.json.part").write_text(json.dumps(about))
         os.replace(os.path.join(out, "pack.json.part"), os.path.join(out, "pack.json"))
     print(f"{out}: {len(names):,} files, {ends[-1] / SAMPLE_RATE / 3600:.2f} hours")
@@ -482,13 +524,14 @@ class Pack:
     packed = True
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.samples = path, os.path.join(path, "samples")
         try:
             about = json.loads(Path(path, "pack.json").read_text())
             self.source, self.names, self.skipped = (
                 about[part] for part in ("source", "names", "skipped"))
             self.ends, self.units = np.array(about["ends"]), np.array(about["units"])
-            if os.path.getsize(os.path.join(path, "samples")) != 2 * self.ends[-1]:
+            self.trained = about.get("trained", len(self.names))  # behind these are eval.tsv's
+            if os.path.getsize(self.samples) != 2 * self.ends[-1]:
                 raise ValueError("`samples` is longer or shorter than it was")
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise AudioError(path, f"not a whole pack ({error}); pack the sound again") from None
@@ -502,7 +545,7 @@ class Pack:
         count = min(count, self.lengths[file] - start)
         # Read, not mapped into memory: as fast, and a mapped file that is cut off meanwhile kills.
         try:
-            samples = np.fromfile(self.path + "/samples", "<i2", count, offset=2 * first)
+            samples = np.fromfile(self.samples, "<i2", count, offset=2 * first)
         except OSError as error:
             raise AudioError(self.path, f"samples: {error.strerror}") from None
         if len(samples) < count:
@@ -829,7 +872,10 @@ def run(program, job):
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             said = f"torch.compile failed: {said}. --no-compile does without"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
-            said = f"out of memory: {said}. Try a smaller --batch-size, or --accumulate 2 or more"
+            said = (f"out of memory: {said}. In training, try a smaller --batch-size, or "
+                    "--accumulate 2")
+        elif "shared memory" in str(error):  # Docker gives 64 MB
+            said = "too little shared memory (/dev/shm) for --workers; --workers 0 needs none"
         elif said.startswith("DataLoader worker"):
             said += " Run it again, with fewer --workers; a run goes on with --resume"
         elif torch.distributed.is_initialized() and "eer" in said:  # "closed by peer", "Peer"

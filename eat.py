@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 # These are for the recipe and what follows it. The model needs torch alone.
 from data import (STATS, Clips, Parser, RunStopped, UsageError, count_frames, describe_skipped,
-                  loading, lock, make_folder, measure_stats, open_clips, open_labelled, run,
-                  seed_of, shares, shuffled, spectrogram)
+                  loading, lock, loudness, make_folder, measure_stats, open_clips, open_labelled,
+                  run, seed_of, shares, shuffled, spectrogram)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -590,12 +590,10 @@ def average_of_blocks(encoder, x):
     return total / len(encoder.blocks), tokens.float()
 
 
-def mean_and_deviation(x, filled):
-    """Over the first `filled` (B,) rows of each of x (B, H, width) -> (B, 2 * width)."""
-    rows = (torch.arange(x.shape[1], device=x.device) < filled[:, None])[..., None]
-    count = rows.sum(1)
-    mean = (x * rows).sum(1) / count
-    variance = ((x - mean[:, None]) * rows).square().sum(1) / count
+def mean_and_deviation(x, weights):
+    """Of the rows of x (B, H, width), with weights (B, H) that sum to 1 -> (B, 2 * width)."""
+    mean = (weights[..., None] * x).sum(1)
+    variance = (weights[..., None] * (x - mean[:, None]).square()).sum(1)
     return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # a finite gradient at 0
 
 
@@ -603,10 +601,11 @@ def readings(encoder, x, filled):
     """What an encoder says of clips (B, 1, T, 128), whose first `filled` (B,) time steps of 16
     frames hold sound, in three readings. "patches" (B, 2 * 8 * D): the 8 frequencies of a time step
     side by side, averaged over the blocks; of that the mean and the standard deviation over those
-    time steps. "CLS" and "mean of patches" (B, D): of the last block."""
+    time steps, by how loud they are. "CLS" and "mean of patches" (B, D): of the last block."""
     average, tokens = average_of_blocks(encoder, x)
     time = average[:, 1:].unflatten(1, (x.shape[2] // PATCH, -1)).flatten(2)  # (B, H, 8 * D)
-    return {"patches": mean_and_deviation(time, filled),
+    weights = loudness(x, encoder.config.std, filled, PATCH)  # (B, H)
+    return {"patches": mean_and_deviation(time, weights),
             "CLS": tokens[:, 0], "mean of patches": tokens[:, 1:].mean(1)}
 
 
@@ -633,7 +632,7 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
     CPU. Clips that cannot be read are missing, and named in clips.skipped."""
     parts, used = {}, []
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(32)]
-    with loading(clips, chunks, min(machine.workers, len(chunks)), machine.device) as batches:
+    with loading(clips, chunks, min(machine.workers, len(chunks) - 1), machine.device) as batches:
         for batch in tqdm(batches, "clips", len(chunks), disable=None, leave=False):
             clips.skipped |= batch.skipped
             if not len(batch.numbers):
@@ -1336,7 +1335,7 @@ def settle(given, machine, resumed=None):
     probe Labelled or None)."""
     if resumed:
         config, recipe = EATConfig(**resumed["config"]), settings(Recipe, resumed["recipe"], given)
-        clips = open_clips(recipe.data, config.frames, recipe.seed)
+        clips = open_clips(recipe.data, config.frames, recipe.seed, training=True)
         return config, recipe, clips, open_probe(recipe, config)
     if "data" not in given:
         raise UsageError("--data is missing: a folder of sound, or 'demo'")
@@ -1345,7 +1344,7 @@ def settle(given, machine, resumed=None):
     recipe = settings(Recipe, values)  # refuses what cannot be, before anything is read
     sizes = read_checkpoint(given["init"])["config"] if "init" in given else PRESETS[preset]
     config = settings(EATConfig, sizes, given)
-    clips = open_clips(recipe.data, config.frames, recipe.seed)
+    clips = open_clips(recipe.data, config.frames, recipe.seed, training=True)
     if "init" not in given or "stats" in given:
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)

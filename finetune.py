@@ -29,7 +29,7 @@ from torch import nn
 
 import eat
 from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, Parser, UsageError, as_float, describe_few,
-                  describe_skipped, loading, lock, make_folder, open_clips, open_labelled,
+                  describe_skipped, loading, lock, loudness, make_folder, open_clips, open_labelled,
                   part_size, printable, read_lines, run, seed_of, shares, shuffled, spectrogram)
 from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option
 
@@ -58,11 +58,13 @@ class Classifier(nn.Module):
             block.drop_path = rate
 
     def forward(self, x, filled=None):
-        if self.reading == "CLS":
-            return self.head(self.fc_norm(self.encoder(x)[:, 0]))
         if filled is None:
             filled = torch.full((len(x),), x.shape[2] // PATCH, device=x.device)
-        return self.head(self.fc_norm(eat.readings(self.encoder, x, filled)[self.reading]))
+        features = (self.encoder(x)[:, 0] if self.reading == "CLS" else
+                    eat.readings(self.encoder, x, filled)[self.reading])
+        # In float32: rounded to 16 bits, many of a class's scores are the same, which costs mAP.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(self.fc_norm(features.float()))
 
 
 def load_classifier(path):
@@ -345,6 +347,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
     """Every fold from the same encoder `start`: train, then test once -> {fold: its results}, or
     the number of the signal that stopped it. A finished fold is saved before it is spoken of."""
     done = resumed["done"] if resumed else {}
+    data.clips.skipped |= resumed.get("skipped", {}) if resumed else {}
     with eat.stop_signals() as caught:
         for fold in [fold for fold in data.folds if fold not in done]:
             data.check_clips(fold)
@@ -364,7 +367,8 @@ def fine_tune(data, start, config, recipe, machine, resumed):
                                   data.classes, data.multi_label)
             state = {"config": vars(config), "recipe": vars(recipe), "model": model.state_dict(),
                      "classes": data.classes, "multi_label": data.multi_label, "start": start,
-                     "reading": recipe.reading, "step": recipe.steps, "done": done}
+                     "reading": recipe.reading, "step": recipe.steps, "done": done,
+                     "skipped": data.clips.skipped}
             eat.save_checkpoint(recipe.out, state, must=data.folds.keys() <= done.keys())
             note = f" ({done[fold]['note']})" if done[fold]["note"] else ""
             print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}{note}", flush=True)
@@ -431,8 +435,9 @@ def read_all(data, start, config, recipe, machine):
         kinds = eat.read_features(model, x, filled)
         if recipe.checkpoint:
             kinds["random weights, patches"] = eat.read_features(random, x, filled)["patches"]
-        # Each mel band's mean and deviation over the same time.
-        kinds["no network"] = eat.mean_and_deviation(x[:, 0], filled * PATCH)
+        # Each mel band's mean and deviation over the same time, weighted likewise.
+        weights = loudness(x, config.std, filled * PATCH, 1)
+        kinds["no network"] = eat.mean_and_deviation(x[:, 0], weights)
         return kinds
 
     return eat.features(encoder, config, data.clips, range(len(data.clips)), machine, read)
@@ -519,15 +524,15 @@ def write_results(results, data, recipe, config):
     from matplotlib.figure import Figure
 
     confusion = np.sum([result["confusion"] for result in best.values()], axis=0)
-    size = 3 + 0.3 * len(data.classes)
+    size = min(30, 3 + 0.3 * len(data.classes))
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(confusion, cmap="Blues")
-    axes.set_xticks(range(len(data.classes)), data.classes, rotation=90)
-    axes.set_yticks(range(len(data.classes)), data.classes)
+    axes.set_xticks(range(len(data.classes)), data.classes, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(data.classes)), data.classes, parse_math=False)
     axes.set(xlabel="predicted", ylabel="label", title=summary(best))
     for (row, column), count in np.ndenumerate(confusion):
-        if count:
+        if count and len(data.classes) <= 100:
             colour = "white" if count > confusion.max() / 2 else "black"
             axes.text(column, row, count, ha="center", va="center", fontsize=7, color=colour)
     save_picture(figure, os.path.join(recipe.out, "confusion.png"))
@@ -738,7 +743,7 @@ def look(args):
         look_at_encoder(figure, args.checkpoint, state, config, x, image, grid)
     else:
         look_at_masks(figure, waveform, image, grid)
-    figure.suptitle(printable(os.path.basename(args.clip)))
+    figure.suptitle(printable(os.path.basename(args.clip)), parse_math=False)
     print(save_picture(figure, args.out))
 
 
