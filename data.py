@@ -113,8 +113,8 @@ def opened(path):
 
 
 def _resampled(waveform, rate):
-    """To 16 kHz, in pieces: torchaudio takes 15 times the memory of what it resamples. Each piece
-    has 32 turns of the filter around it, more than the filter is wide."""
+    """To 16 kHz, in pieces, as torchaudio takes many times the memory of what it resamples. Around
+    each piece are 32 turns of the filter, more than the filter is wide."""
     resampler, pieces = _resampler(rate), []
     old, new = (rate // resampler.gcd for rate in (resampler.orig_freq, resampler.new_freq))
     size = (1 << 22) // old * old
@@ -285,20 +285,22 @@ class Clips(Dataset):
         return Batch(waveforms, lengths, torch.tensor(used), skipped)
 
     def advice(self):
-        """A remark on the length of a clip, where most are much shorter, or the files longer."""
-        longer = np.median(self.source.lengths[self.file]).item()
-        if not self.replace and longer > 1.5 * self.samples:
-            frames = 16 * math.ceil(count_frames(longer) / 16)
-            return (f"; of half of the files, which are longer than {longer / SAMPLE_RATE:.2f} s, "
-                    f"only the beginning is used: try --frames {frames:.0f}")
-        some = np.linspace(0, len(self) - 1, min(100, len(self))).astype(int)
-        lengths = self[some.tolist()].lengths
-        median = lengths.float().median().item() if len(lengths) else self.samples
-        if median >= 0.6 * self.samples:
-            return ""
+        """A remark on the length of a clip, where most are much shorter, or where only the
+        beginnings of longer files are used."""
+        lengths = []
+        for number in np.linspace(0, len(self) - 1, min(100, len(self))).astype(int):
+            with contextlib.suppress(AudioError):
+                place = self.file[number], self.start[number]
+                lengths.append(len(self.source.read(*place, 2 * self.samples)))
+        median = np.median(lengths or [self.samples])
         frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
-        return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, and "
-                f"the rest of them is padding: try --frames {frames}")
+        if median < 0.6 * self.samples:
+            return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
+                    f"and the rest of them is padding: try --frames {frames}")
+        if median > 1.5 * self.samples and not self.replace:
+            return (f"; half of the files are at least {median / SAMPLE_RATE:.2f} s long, and only "
+                    f"their beginning is used: try --frames {frames}")
+        return ""
 
 
 def shared(x):
@@ -492,9 +494,8 @@ def pack(source, out, workers):
     says by how much."""
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
-    paths, held_out = find_audio(lists[0] if manifests else source), []
-    if manifests:
-        held_out = find_audio(lists[1])
+    paths = find_audio(lists[0] if manifests else source)
+    held_out = find_audio(lists[1]) if manifests else []
     names = [os.path.abspath(path) for path in paths + held_out]
     ends, units, skipped = [], [], {}
     if os.path.isdir(out) and set(os.listdir(out)) - {"samples", "lock", "pack.json.part"}:

@@ -347,7 +347,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
     """Every fold from the same encoder `start`: train, then test once -> {fold: its results}, or
     the number of the signal that stopped it. A finished fold is saved before it is spoken of."""
     done = resumed["done"] if resumed else {}
-    data.clips.skipped |= resumed.get("skipped", {}) if resumed else {}
+    data.clips.skipped |= (resumed or {}).get("skipped", {})
     with eat.stop_signals() as caught:
         for fold in [fold for fold in data.folds if fold not in done]:
             data.check_clips(fold)
