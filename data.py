@@ -298,14 +298,15 @@ class Clips(Dataset):
             return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
                     f"and the rest of them is padding: try --frames {frames}")
         if median > 1.5 * self.samples and not self.replace:
-            return (f"; half of the files are at least {median / SAMPLE_RATE:.2f} s long, and only "
-                    f"their beginning is used: try --frames {frames}")
+            seconds = 1.5 * self.samples / SAMPLE_RATE
+            return (f"; half of the files are longer than {seconds:.2f} s, and of each only the "
+                    "beginning is used: see --frames")
         return ""
 
 
 def shared(x):
-    """What a worker sends goes through shared memory. Put there here, a lack of it is an error that
-    the main process hears of; later it would wait for ever."""
+    """What a worker sends goes through shared memory. If that is full, the error comes here, and
+    reaches the main process, which would else wait for ever."""
     return x.share_memory_() if torch.utils.data.get_worker_info() else x
 
 
@@ -342,9 +343,10 @@ class SoundFiles:
         try:
             return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
         except AudioError as error:
-            # A header may claim hours. Where its last second is not there, no more is sought after
-            # the first clip that is not.
-            if start and "no such" not in error.reason and not self._has_end(file):
+            # A header may claim hours. Where even the last second is missing, nothing after the
+            # first missing clip is read.
+            other = "no such" in error.reason or "not finite" in error.reason
+            if start and not other and not self._has_end(file):
                 self.ends[file] = start
             raise
 
@@ -484,8 +486,9 @@ def _settle_worker(_):
 # ---- Packed sound: decoded and resampled once ----------------------------------------------------
 # A pack is a folder of two files. `samples` holds the samples of all files, 16 kHz mono int16, end
 # to end. `pack.json`, written last, has the names of the files, where in `samples` each ends, and
-# the float value of a sample of 1 in each; and what was packed, and what was skipped. A file that
-# cannot be read has no samples.
+# the float value of a sample of 1 in each; what was packed, and what was skipped; and how many
+# files, the first ones, pre-training may use: not those of eval.tsv. A file that cannot be read has
+# no samples.
 
 
 def pack(source, out, workers):
@@ -860,8 +863,8 @@ def run(program, job):
             setattr(sys, name, Output(stream))
     try:
         return job() or 0
-    except KeyboardInterrupt:
-        said, status = "stopped", 130
+    except KeyboardInterrupt as error:
+        said, status = "stopped", 128 + next(iter(error.args), signal.SIGINT)
     except UsageError as error:
         said, status = error, 2
     except (ConnectionError, EOFError) as error:  # a worker died amid what it was sending
@@ -875,7 +878,7 @@ def run(program, job):
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
             said = (f"out of memory: {said}. In training, try a smaller --batch-size, or "
                     "--accumulate 2")
-        elif "shared memory" in str(error):  # Docker gives 64 MB
+        elif "shared memory(shm)" in str(error):  # Docker gives 64 MB
             said = "too little shared memory (/dev/shm) for --workers; --workers 0 needs none"
         elif said.startswith("DataLoader worker"):
             said += " Run it again, with fewer --workers; a run goes on with --resume"

@@ -62,7 +62,7 @@ class Classifier(nn.Module):
             filled = torch.full((len(x),), x.shape[2] // PATCH, device=x.device)
         features = (self.encoder(x)[:, 0] if self.reading == "CLS" else
                     eat.readings(self.encoder, x, filled)[self.reading])
-        # In float32: rounded to 16 bits, many of a class's scores are the same, which costs mAP.
+        # In float32: rounded to 16 bits, many of a class's scores are the same, which can cost mAP.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.fc_norm(features.float()))
 
@@ -368,7 +368,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
             state = {"config": vars(config), "recipe": vars(recipe), "model": model.state_dict(),
                      "classes": data.classes, "multi_label": data.multi_label, "start": start,
                      "reading": recipe.reading, "step": recipe.steps, "done": done,
-                     "skipped": data.clips.skipped}
+                     "by_loudness": True, "skipped": data.clips.skipped}
             eat.save_checkpoint(recipe.out, state, must=data.folds.keys() <= done.keys())
             note = f" ({done[fold]['note']})" if done[fold]["note"] else ""
             print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}{note}", flush=True)
