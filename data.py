@@ -113,10 +113,11 @@ def opened(path):
 
 
 def _resampled(waveform, rate):
-    """To 16 kHz, in pieces, as torchaudio takes many times the memory of what it resamples. Around
-    each piece are 32 turns of the filter, more than the filter is wide."""
+    """To 16 kHz, in pieces, as torchaudio takes many times the memory of what it resamples. Of
+    `old` samples come `new`. Around each piece are 32 * old more, so that the filter, which is
+    narrower, finds what it needs."""
     resampler, pieces = _resampler(rate), []
-    old, new = (rate // resampler.gcd for rate in (resampler.orig_freq, resampler.new_freq))
+    old, new = resampler.orig_freq // resampler.gcd, resampler.new_freq // resampler.gcd
     size = (1 << 22) // old * old
     for start in range(0, len(waveform), size):
         before = min(start, 32 * old)
@@ -351,10 +352,11 @@ class SoundFiles:
             raise
 
     def _has_end(self, file):
-        with contextlib.suppress(AudioError):
-            last = max(0, self.lengths[file] / SAMPLE_RATE - 1)
-            return len(load_audio(self.names[file], last)) > 0
-        return False
+        try:
+            load_audio(self.names[file], max(0, self.lengths[file] / SAMPLE_RATE - 1))
+        except AudioError:
+            return False
+        return True
 
     def __getitem__(self, file):
         """All of a file, for a pack: int16 samples, their unit, and the reason where none are."""

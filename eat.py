@@ -883,7 +883,8 @@ class Log:
 
 def check_health(line, bad_in_a_row, config, recipe, machine):
     """Raise RunStopped where a run has gone wrong."""
-    names = ("target_std", "prediction_std")[: 2 if config.frame_weight else 1]  # else untrained
+    # Without a frame loss the decoder is not trained, and its predictions may fade.
+    names = ("target_std", "prediction_std") if config.frame_weight else ("target_std",)
     spread = [line[name] for name in names if line.get(name) is not None]
     # In float16 the GradScaler may need 16 such steps to come down to its scale.
     if bad_in_a_row >= (26 if machine.dtype == torch.float16 else 10):

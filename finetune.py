@@ -313,7 +313,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
                 x, filled, targets = augmented(waveforms, lengths, targets, config, recipe, rng)
                 torch.manual_seed(int(rng.integers(2**62)))  # DropPath's
                 with machine.autocast():
-                    logits = net(x, filled).float()
+                    logits = net(x, filled)
                 loss = (F.cross_entropy if recipe.loss == "ce" else
                         F.binary_cross_entropy_with_logits)(logits, targets)
                 scaler.scale(loss / recipe.accumulate).backward()
@@ -339,7 +339,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
 
 
 def probabilities_of(model, x, filled):
-    logits = model(x, filled).float()
+    logits = model(x, filled)
     return {"probabilities": logits.sigmoid() if model.multi_label else logits.softmax(1)}
 
 
