@@ -331,6 +331,8 @@ class EAT(nn.Module):
         self.student = Encoder(config)
         self.decoder = Decoder(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        # Once. Gathered at every step, these and all parameters cost a small model on a card 15 %.
+        self.pairs = list(self.teacher.parameters()), list(self.student.parameters())
 
     def train(self, mode=True):
         super().train(mode)
@@ -342,7 +344,7 @@ class EAT(nn.Module):
         """EMA, after each optimizer step: teacher <- decay * teacher + (1 - decay) * student. In
         float32, as bfloat16 would round an update of 1e-5 of the difference away."""
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # of all tensors in one call
-        average(list(self.teacher.parameters()), list(self.student.parameters()), None)  # in place
+        average(*self.pairs, None)  # in place
 
     @torch.no_grad()
     def targets(self, spectrogram):
@@ -515,6 +517,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     order = shuffled(len(clips), recipe.seed, step * recipe.batch_size)
     parts = shares(order, recipe.batch_size, recipe.accumulate, machine.rank, machine.world)
     grid = (config.frames // PATCH, MEL_BINS // PATCH)
+    parameters = list(model.parameters())  # once, as EAT.pairs
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
     rows = []  # of the losses and the gradient's norm, a step each, until they are logged
     log = Log(recipe.out, step, recipe.steps, machine, clips)
@@ -552,7 +555,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step + 1)
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+            norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
             scaler.step(optimizer)  # does nothing where a gradient is not finite
             scaler.update()
             optimizer.zero_grad()
