@@ -234,9 +234,8 @@ class Clips(Dataset):
 
     def __init__(self, source, frames, files=None):
         self.source, self.frames, self.samples = source, frames, clip_samples(frames)
-        self.packed = source.packed
         self.skipped = {}  # what was left out so far: path -> reason
-        self.replace = files is None  # does the next clip take the place of one of no use?
+        self.replace = files is None  # does another clip take the place of one of no use?
         if files is None:
             pieces = np.ceil(source.lengths / self.samples).astype(np.int64)
             self.file = np.repeat(np.arange(len(pieces), dtype=np.int32), pieces)
@@ -267,8 +266,9 @@ class Clips(Dataset):
         """The batch of some clips. It is the smaller where nothing can be used."""
         rows, used, skipped = [], [], {}
         for number in numbers:
-            for candidate in range(number, number + (len(self) if self.replace else 1)):
-                candidate %= len(self)
+            for k in range(len(self) if self.replace else 1):
+                # The next one may lie in the same bad file. By steps of a prime all come in turn.
+                candidate = (number + k * (2**31 - 1)) % len(self)
                 try:
                     rows.append(self.usable(candidate)[: self.samples])
                     used.append(candidate)
@@ -314,11 +314,8 @@ def shared(x):
 class SoundFiles:
     """Sound files as a source of clips. Their lengths are what their headers say."""
 
-    packed = False  # whether reading is no more than copying
-
     def __init__(self, names):
         self.names, self.skipped = names, {}
-        self.ends = {}  # of files that end before their headers say: from where on nothing is there
 
     @functools.cached_property
     def lengths(self):
@@ -339,24 +336,7 @@ class SoundFiles:
             return 0
 
     def read(self, file, start, count):
-        if start >= self.ends.get(file, math.inf):
-            raise AudioError(self.names[file], "ends before its header says")
-        try:
-            return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
-        except AudioError as error:
-            # A header may claim hours. Where even the last second is missing, nothing after the
-            # first missing clip is read.
-            other = "no such" in error.reason or "not finite" in error.reason
-            if start and not other and not self._has_end(file):
-                self.ends[file] = start
-            raise
-
-    def _has_end(self, file):
-        try:
-            load_audio(self.names[file], max(0, self.lengths[file] / SAMPLE_RATE - 1))
-        except AudioError:
-            return False
-        return True
+        return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
 
     def __getitem__(self, file):
         """All of a file, for a pack: int16 samples, their unit, and the reason where none are."""
@@ -446,25 +426,18 @@ def part_size(batch_size, parts):
 
 
 def shares(numbers, batch_size, accumulate=1, rank=0, world=1):
-    """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts.
-    Raises UsageError, at once."""
+    """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts."""
     size = part_size(batch_size, accumulate * world)
-
-    def parts():
-        while True:
-            mine = list(itertools.islice(numbers, batch_size))[rank::world]
-            for start in range(0, len(mine), size):
-                yield mine[start : start + size]
-
-    return parts()
+    while True:
+        mine = list(itertools.islice(numbers, batch_size))[rank::world]
+        for start in range(0, len(mine), size):
+            yield mine[start : start + size]
 
 
 @contextlib.contextmanager
 def loading(clips, batches, workers, device):
     """-> an iterator over what `clips` makes of each list of numbers, read by worker processes (or
     by none), which end when the block is left, however that happens."""
-    # To read a pack is to copy: not worth a process, unless this one is busy driving a card.
-    workers = 0 if clips.packed and device.type == "cpu" else workers
     loader = iter(DataLoader(  # without a batch size: `clips` itself makes the batches
         clips, batch_size=None, sampler=batches, num_workers=workers,
         worker_init_fn=_settle_worker, pin_memory=device.type == "cuda"))
@@ -527,8 +500,6 @@ def pack(source, out, workers):
 class Pack:
     """An open pack, a source of clips."""
 
-    packed = True
-
     def __init__(self, path):
         self.path, self.samples = path, os.path.join(path, "samples")
         try:
@@ -577,7 +548,7 @@ class Demo:
     position and background vary; a clip's class is how its pitch moves. The labels are for
     evaluation only."""
 
-    packed, skipped = False, {}
+    skipped = {}
     classes = [f"{speed} {shape}" for speed in SPEEDS for shape in SHAPES]
 
     def __init__(self, frames, seed=0, size=4000, held_out=False):
@@ -835,23 +806,15 @@ class Parser(argparse.ArgumentParser):
                                    help=field.metadata["help"] + default, **how)
 
 
-class Output:
-    """A stream that may go away, as a closed pipe or a full disk does: then what is written to it
-    is lost, and the run is not."""
+def harmless(method):
+    """A stream may go away, as a closed pipe or a full disk does: then what is written to it is
+    lost, and the run is not."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
+    def call(*arguments):
         with contextlib.suppress(OSError, ValueError):
-            self.stream.write(text)
+            return method(*arguments)
 
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+    return call
 
 
 def run(program, job):
@@ -862,11 +825,13 @@ def run(program, job):
             stream = getattr(sys, name) or open(os.devnull, "w")
             if hasattr(stream, "reconfigure"):  # a notebook's has not
                 stream.reconfigure(errors="backslashreplace")  # names need not be in its encoding
-            setattr(sys, name, Output(stream))
+            stream.write, stream.flush = harmless(stream.write), harmless(stream.flush)
+            setattr(sys, name, stream)
     try:
         return job() or 0
     except KeyboardInterrupt as error:
-        said, status = "stopped", 128 + next(iter(error.args), signal.SIGINT)
+        number, more = error.args or (signal.SIGINT, "")  # at the end of a step, or anywhere
+        said, status = f"stopped by {signal.Signals(number).name}{more}", 128 + number
     except UsageError as error:
         said, status = error, 2
     except (ConnectionError, EOFError) as error:  # a worker died amid what it was sending

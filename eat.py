@@ -26,7 +26,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import types
 import zipfile
@@ -42,7 +41,7 @@ from tqdm import tqdm
 # These are for the recipe and what follows it. The model needs torch alone.
 from data import (STATS, Clips, Parser, RunStopped, UsageError, count_frames, describe_skipped,
                   loading, lock, loudness, make_folder, measure_stats, open_clips, open_labelled,
-                  run, seed_of, shares, shuffled, spectrogram)
+                  part_size, run, seed_of, shares, shuffled, spectrogram)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -424,8 +423,7 @@ class Recipe:
     """How it is trained. Defaults are the release's, for base on AudioSet-2M, unless said."""
 
     data: str = option(None, "a folder of sound, a file, a list of files, a pack, or 'demo'")
-    preset: str = option(None, "sizes, recipe; default: base or small on a card, base with --init, "
-                         "tiny on a CPU, demo for the demo", choices=tuple(PRESETS))
+    preset: str = option(None, "sizes, recipe; default: by the machine", choices=tuple(PRESETS))
     out: str = option("out", "folder for last.pt, previous.pt and log.jsonl")
     init: str = option(None, "start from a checkpoint's weights, teacher included")
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
@@ -435,8 +433,7 @@ class Recipe:
     batch_size: int = option(48, "clips an update, over all processes")
     accumulate: int = option(1, "parts of a batch, one after the other; more on a small card")
     lr: float = option(5e-4, "peak learning rate")
-    warmup_steps: int = option(None, "linear warm-up; default: the release's share of --steps, "
-                               "53,333 of 400,000", least=0)
+    warmup_steps: int = option(None, "linear warm-up; default: 2/15 of --steps", least=0)
     weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
     beta1: float = option(0.9, "Adam's decay of the mean gradient", most=0.9999)
     beta2: float = option(0.95, "Adam's decay of the mean squared gradient", most=0.9999)
@@ -444,21 +441,19 @@ class Recipe:
     grad_clip: float = option(4.0, "largest norm of the gradient")
     ema_decay: float = option(0.9998, "the teacher's decay tau at the start", most=1)
     ema_end_decay: float = option(0.99999, "the teacher's decay tau after annealing", most=1)
-    ema_anneal_steps: int = option(None, "updates from one to the other; default: the release's "
-                                   "share of --steps, 100,000 of 400,000", least=0)
+    ema_anneal_steps: int = option(None, "in between; default: 1/4 of --steps", least=0)
     collapse_std: float = option(0.01, "stop when targets or predictions vary less than this; ours")
     stats: str = option("audioset", "mean and deviation to normalise with: a data set's, or "
                         "measured on --data", choices=(*STATS, "measure"))
     seed: int = option(0, "of weights, data order, masks and noise", least=0)
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(1000, "steps between checkpoints")
-    probe: str = option(None, "labelled sound, as finetune.py takes it, for nearest neighbours "
-                        "before and after; the demo brings its own")
+    probe: str = option(None, "labelled sound: nearest neighbours are found before and after")
     probe_every: int = option(None, "and after every so many steps")
 
     def __post_init__(self):
         check_numbers(self)
-        if self.warmup_steps is None:
+        if self.warmup_steps is None:  # the release's shares
             self.warmup_steps = round(self.steps * 53_333 / 400_000)
         if self.ema_anneal_steps is None:
             self.ema_anneal_steps = round(self.steps * 100_000 / 400_000)
@@ -500,9 +495,9 @@ def make_optimizer(model, recipe):
 
 
 def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=True):
-    """Pre-train on `clips`, probe on `labelled`, save checkpoints or not -> the number of the
-    signal that ended it, or 0."""
-    device, step, stop = machine.device, 0, 0
+    """Pre-train on `clips`, probe on `labelled`, save checkpoints or not -> the log's last line.
+    Raises KeyboardInterrupt with the number of a signal that ended it, and what to do next."""
+    device, step, stop, line = machine.device, 0, 0, None
     torch.manual_seed(seed_of(recipe.seed))
     model = EAT(config).to(device)
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
@@ -520,7 +515,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     parameters = list(model.parameters())  # once, as EAT.pairs
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
     rows = []  # of the losses and the gradient's norm, a step each, until they are logged
-    log = Log(recipe.out, step, recipe.steps, machine, clips)
+    log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
     if labelled and not resumed and machine.rank == 0:
         log.probed(step, probe(model.student, labelled, machine))
 
@@ -579,7 +574,9 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
             probe_due = finished or step % (recipe.probe_every or recipe.steps) == 0
             if labelled and probe_due and machine.rank == 0:
                 log.probed(step, probe(model.student, labelled, machine))
-    return stop if step < recipe.steps else 0
+    if step < recipe.steps:
+        raise KeyboardInterrupt(stop, "; --resume goes on from there" if saving else "")
+    return line
 
 # ---- Did it learn? Frozen features, and nearest neighbours among them ----------------------------
 
@@ -805,15 +802,11 @@ def stop_signals():
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what the terminal sent
             signal.signal(number, signal.SIG_DFL)
 
-    before = {}
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-            before[number] = signal.signal(number, catch)
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
+                afterwards.callback(signal.signal, number, signal.signal(number, catch))
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 # ---- What a run writes: log and checkpoints ------------------------------------------------------
 
@@ -822,14 +815,15 @@ class Log:
     """log.jsonl, a line of averages every few steps; a bar on a terminal, else a line a minute."""
 
     def __init__(self, out, step, steps, machine, clips, name="step", keep=None):
-        self.path, self.machine, self.clips = os.path.join(out, "log.jsonl"), machine, clips
+        self.machine, self.clips = machine, clips
+        self.path = os.path.join(out, "log.jsonl") if out and machine.rank == 0 else None
         self.named, self.step, self.since = len(clips.skipped), step, time.perf_counter()
         terminal = sys.stderr.isatty()
         plain = "{l_bar}{n}/{total} {rate_fmt}, about {remaining} to go{postfix}\n"
         self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=machine.rank > 0,
                         mininterval=0.1 if terminal else 60, maxinterval=60,
                         bar_format=None if terminal else plain)
-        if machine.rank == 0 and os.path.exists(self.path):
+        if self.path and os.path.exists(self.path):
             # Lines after the checkpoint of a resumed run will come again; spoilt ones go, too.
             keep = keep or (lambda line: 0 < step >= line["step"])
             lines = [json.dumps(line) + "\n" for line in read_log(out) if keep(line)]
@@ -872,7 +866,7 @@ class Log:
 
     def append(self, line):
         """A full disk or a deleted folder costs lines, not the run."""
-        if self.machine.rank == 0:
+        if self.path:
             try:
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 with open(self.path, "a") as file:
@@ -967,9 +961,6 @@ def read_checkpoint(path):
         if wrong:
             raise ValueError("its config and its tensors differ in " + ", ".join(wrong))
         EATConfig(**state["config"])  # refuses what cannot be
-        if state.get("reading") == "patches" and not state.get("by_loudness"):
-            raise ValueError("fine-tuned by an earlier version, whose head did not weigh time by "
-                             "loudness; fine-tune it again")
     except Exception as error:  # damaged files fail in many ways, some in torch's many words
         known = type(error) is ValueError
         reason = str(error) if known else f"not a whole checkpoint ({type(error).__name__})"
@@ -987,11 +978,9 @@ def fill(module, tensors, path):
     """Load tensors into a module. Raises UsageError, which names what does not fit."""
     try:
         module.load_state_dict(tensors)
-    except RuntimeError as error:  # a heading, and a line for each kind, or each tensor, of misfit
-        misfits = [" ".join(line.split())[:200] for line in str(error).splitlines()[1:]]
-        more = f" and {len(misfits) - 3} more;" if len(misfits) > 3 else ""
-        raise UsageError(f"{path}: {' '.join(misfits[:3])}{more} with --init, --dim, --depth ... "
-                         "must be what it was made with") from None
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"{path}: {said[:400]}; sizes must be what it was made with") from None
     return module
 
 
@@ -1125,7 +1114,7 @@ def read_hugging_face(path):
     settings = {**config, "target_length": config.get("img_size", [None])[0]}
     tensors = {name: x.float() for name, x in safetensors.torch.load_file(file).items()}
     state = translate(tensors, {}, settings)
-    state |= {"reading": config.get("reading", "CLS"), "by_loudness": config.get("by_loudness")}
+    state["reading"] = config.get("reading", "CLS")
     if "classes" in state and "id2label" in config:
         state["classes"] = [config["id2label"][k] for k in state["classes"]]
         state["multi_label"] = config.get("problem_type") == "multi_label_classification"
@@ -1155,7 +1144,7 @@ def export(checkpoint, target, note=""):
         "num_classes": len(classes) if classes else 527,
         # The release's files say the sizes and norm_eps alone, and not what the head reads.
         **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
-        "reading": state.get("reading", "CLS"), "by_loudness": True,
+        "reading": state.get("reading", "CLS"),
     }
     if classes:
         kind = "multi" if state["multi_label"] else "single"
@@ -1198,7 +1187,7 @@ def plot(out):
                 axes.legend()
         axes.set(title=title, xlabel="step", yscale="log" if "loss" in names[0] else "linear")
     path = os.path.join(out, "log.png")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path)
     print(path)
 
 
@@ -1229,16 +1218,11 @@ def bench(**given):
           FlopCounterMode(display=False, custom_mapping=formula) as counter):
         EAT(config)(torch.empty(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
-    sound = types.SimpleNamespace(packed=True, read=random_clip)
+    sound = types.SimpleNamespace(read=random_clip)
     clips = Clips(sound, config.frames, np.zeros(10**6, int))
-    with tempfile.TemporaryDirectory() as out:
-        every = max(1, recipe.steps // 5)
-        recipe = dataclasses.replace(recipe, out=out, log_every=every)
-        stopped = train(config, recipe, clips, machine, saving=False)
-        if stopped:
-            return 128 + stopped
-        lines = read_log(out)[-4:]  # the first has compiling in it
-    taken = 1 / np.median([line["steps_per_second"] for line in lines])
+    recipe.log_every = math.ceil(recipe.steps / 2)
+    line = train(config, recipe, clips, machine, saving=False)
+    taken = 1 / line["steps_per_second"]  # in the second half: the first has compiling in it
     found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,
              "clips_per_second": recipe.batch_size / taken, "step_tflops": flops / taken / 1e12}
     if machine.device.type == "cuda":
@@ -1313,9 +1297,7 @@ def choose_parts(batch_size, config, machine):
     of base took 11.5 GB compiled, and 21 not, in 16 bits. With a margin, all else in proportion."""
     if machine.device.type == "cpu":
         return 1
-    base = EATConfig()
-    size = (config.dim * config.depth * config.clones * config.patches
-            / (base.dim * base.depth * base.clones * base.patches))
+    size = config.dim * config.depth * config.clones * config.patches / (768 * 12 * 16 * 512)
     clip = (14e9 if machine.compile else 24e9) / 12 * machine.dtype.itemsize / 2 * size  # bytes
     most = max(1, machine.memory() / clip)
     share = max(1, batch_size // machine.world)
@@ -1325,12 +1307,8 @@ def choose_parts(batch_size, config, machine):
 def choose_steps(recipe, config, clips, machine):
     """How long to train, where neither --steps nor the preset says."""
     if recipe.hours:
-        with tempfile.TemporaryDirectory() as out:
-            trial = dataclasses.replace(recipe, steps=30, out=out, log_every=10)
-            stopped = train(config, trial, clips, machine, saving=False)
-            if stopped:
-                raise KeyboardInterrupt(stopped)
-            rate = read_log(out)[-1]["steps_per_second"] if machine.rank == 0 else 0.0
+        trial = dataclasses.replace(recipe, steps=30, log_every=10)
+        rate = train(config, trial, clips, machine, saving=False)["steps_per_second"]
         return max(1, int(recipe.hours * 3600 * machine.reduce(rate, "MAX")))
     # 20 passes over the data, as many as the authors gave their large model, but no fewer than
     # 5,000 steps, which a teacher needs to get ahead of random weights; and no more than the
@@ -1357,10 +1335,10 @@ def settle(given, machine, resumed=None):
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
     values.setdefault("accumulate", choose_parts(recipe.batch_size, config, machine))
-    recipe = settings(Recipe, values)
-    labelled = open_probe(recipe, config)  # a mistake there is told before a trial
+    part_size(recipe.batch_size, values["accumulate"] * machine.world)
+    labelled = open_probe(recipe, config)  # mistakes are told before a trial
     if "steps" not in given and (recipe.hours or "steps" not in values):
-        values["steps"] = choose_steps(recipe, config, clips, machine)
+        values["steps"] = choose_steps(settings(Recipe, values), config, clips, machine)
     return config, settings(Recipe, values), clips, labelled
 
 
@@ -1419,19 +1397,15 @@ def pretrain(**given):
             if not resumed:  # has another run come and gone since it was asked?
                 resume({"out": recipe.out}, "processes")
             describe(config, recipe, clips, machine, labelled, resumed)
-        stopped = train(config, recipe, clips, machine, resumed, labelled)
+        train(config, recipe, clips, machine, resumed, labelled)
     if machine.world > 1:
         torch.distributed.destroy_process_group()
-    path = os.path.join(recipe.out, "last.pt")
-    if machine.rank == 0 and stopped:
-        name = signal.Signals(stopped).name
-        print(f"stopped by {name}; the same command with --resume goes on from {path}")
-    elif machine.rank == 0:
+    if machine.rank == 0:
+        path = os.path.join(recipe.out, "last.pt")
         print(f"the encoder is in {path}; what now?\n"
               f"    python finetune.py --data LABELLED --mode linear --checkpoint {path}\n"
               f"    python finetune.py look CLIP --checkpoint {path}\n"
               f"    python eat.py plot {recipe.out}")
-    return 128 + stopped if stopped else 0
 
 
 def main(argv=None):

@@ -290,7 +290,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
     # A fold draws the same with --fold as among the others.
     number = max(1, int(fold.removeprefix("fold "))) - 1 if fold.startswith("fold ") else 0
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
-    net = machine.prepare(model)
+    net, parameters = machine.prepare(model), list(model.parameters())
     order = training_order(train, data, recipe, seed_of(recipe.seed, number))
     parts = shares(order, recipe.batch_size, recipe.accumulate)
     step, bad_in_a_row, rows = 0, torch.zeros((), device=device), []
@@ -322,7 +322,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step + 1) * group["scale"]
             scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
             scaler.step(optimizer)  # does nothing where a gradient is not finite
             scaler.update()
             optimizer.zero_grad()
@@ -344,8 +344,8 @@ def probabilities_of(model, x, filled):
 
 
 def fine_tune(data, start, config, recipe, machine, resumed):
-    """Every fold from the same encoder `start`: train, then test once -> {fold: its results}, or
-    the number of the signal that stopped it. A finished fold is saved before it is spoken of."""
+    """Every fold from the same encoder `start`: train, then test once -> {fold: its results}. A
+    finished fold is saved before it is spoken of; where a signal stops one, it will begin anew."""
     done = resumed["done"] if resumed else {}
     data.clips.skipped |= (resumed or {}).get("skipped", {})
     with eat.stop_signals() as caught:
@@ -360,7 +360,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
             log = eat.Log(recipe.out, 0, recipe.steps, machine, data.clips, fold,
                           keep=lambda line: line.get("fold") in done)
             if not fit(model, data, fold, config, recipe, machine, log, caught):
-                return caught[0]
+                raise KeyboardInterrupt(caught[0], "; --resume goes on, with this fold anew")
             found, used = eat.features(model.eval(), config, data.clips, data.folds[fold][1],
                                        machine, probabilities_of)
             done[fold] = evaluate(found["probabilities"], data.targets(used.tolist()),
@@ -368,7 +368,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
             state = {"config": vars(config), "recipe": vars(recipe), "model": model.state_dict(),
                      "classes": data.classes, "multi_label": data.multi_label, "start": start,
                      "reading": recipe.reading, "step": recipe.steps, "done": done,
-                     "by_loudness": True, "skipped": data.clips.skipped}
+                     "skipped": data.clips.skipped}
             eat.save_checkpoint(recipe.out, state, must=data.folds.keys() <= done.keys())
             note = f" ({done[fold]['note']})" if done[fold]["note"] else ""
             print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}{note}", flush=True)
@@ -496,7 +496,7 @@ def shots(data, start, config, recipe, machine):
     axes.set_xticks(list(found), list(found))
     axes.minorticks_off()
     axes.legend()
-    save_picture(figure, os.path.join(recipe.out, "shots.png"))
+    figure.savefig(os.path.join(recipe.out, "shots.png"))
     return results
 
 # ---- Results -------------------------------------------------------------------------------------
@@ -535,7 +535,7 @@ def write_results(results, data, recipe, config):
         if count and len(data.classes) <= 100:
             colour = "white" if count > confusion.max() / 2 else "black"
             axes.text(column, row, count, ha="center", va="center", fontsize=7, color=colour)
-    save_picture(figure, os.path.join(recipe.out, "confusion.png"))
+    figure.savefig(os.path.join(recipe.out, "confusion.png"))
 
 # ---- Any sound: predict and embed ----------------------------------------------------------------
 
@@ -665,16 +665,6 @@ def embed(args):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
-def save_picture(figure, path):
-    """In the format that the path's ending names -> the path."""
-    make_folder(os.path.dirname(path) or ".")
-    try:
-        figure.savefig(path, dpi=100)
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return path
-
-
 def draw(figure, place, image, title, labels=False):
     """(128, T) mel bins x frames, or with a last axis of colours, on axes of seconds and hertz."""
     axes = figure.add_subplot(place, title=title, facecolor="lightgray")  # where a mask hides it
@@ -744,7 +734,12 @@ def look(args):
     else:
         look_at_masks(figure, waveform, image, grid)
     figure.suptitle(printable(os.path.basename(args.clip)), parse_math=False)
-    print(save_picture(figure, args.out))
+    make_folder(os.path.dirname(args.out) or ".")
+    try:
+        figure.savefig(args.out)
+    except ValueError as error:  # its ending is of no kind of picture
+        raise UsageError(f"{args.out}: {error}") from None
+    print(args.out)
 
 
 def look_at_masks(figure, waveform, image, grid):
@@ -854,7 +849,7 @@ def settle(given):
 
 
 def train_or_probe(given):
-    """The main job -> exit status, where it is stopped."""
+    """The main job."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     machine = eat.settings(Machine, given)
@@ -870,10 +865,6 @@ def train_or_probe(given):
                   f"{recipe.layer_decay}, {recipe.loss}, mixup {recipe.mixup}; the head reads "
                   f"{recipe.reading}; seed {recipe.seed}; a short one: --recipe small", flush=True)
             folds = fine_tune(data, start, config, recipe, machine, resumed)
-            if isinstance(folds, int):
-                print(f"stopped; the same command with --resume goes on from {recipe.out}, after "
-                      "the last finished fold; the one at hand begins anew")
-                return 128 + folds
             results = {"fine-tuned": folds}
             print(f"fine-tuned: {summary(folds)}")
         else:

@@ -8,13 +8,11 @@ pytest -m slow test_eat.py
 
 import contextlib
 import copy
-import functools
 import io
 import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -23,7 +21,6 @@ import sys
 import time
 import types
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -76,12 +73,8 @@ def small(**changes):
     return EATConfig(**{**SMALL, **changes})
 
 
-def machine_of(device, precision="float32", compile=False):
+def machine_of(device="cpu", precision="float32", compile=False):
     return eat.Machine(device=device, precision=precision, compile=compile, workers=0)
-
-
-def cpu(precision="float32", compile=False):
-    return machine_of("cpu", precision, compile)
 
 
 def refused(main, arguments, says, capsys):
@@ -115,26 +108,18 @@ def losses_and_gradients(model, x, mask, machine, parts=1):
     return losses, {name: gradient.cpu() for name, gradient in gradients.items()}
 
 
-def visible(mask):
-    """The numbers of the visible patches of each mask, as EAT.forward finds them."""
-    return (~mask).nonzero()[:, 2].view(*mask.shape[:2], -1)
-
-
 # ---- eat.py: parity with the release -------------------------------------------------------------
 
 
 def release_name(name):
     """A parameter of EAT -> what the release calls it; the teacher's as the student's."""
-    place = "modality_encoders.IMAGE."
-    name = name.removeprefix("student.").removeprefix("teacher.")
-    if name.startswith("decoder.convs."):
-        _, _, layer, kind = name.split(".")
-        return f"{place}decoder.blocks.{layer}.0.{kind}"
-    for ours, theirs in {"cls": "extra_tokens", "patches.proj": "local_encoder.proj",
-                         "pre_norm": "context_encoder.norm", "decoder": "decoder"}.items():
-        if name == ours or name.startswith(ours + "."):
-            return place + theirs + name.removeprefix(ours)
-    return name
+    name = re.sub(r"^(student|teacher)\.", "", name)
+    if name.startswith("blocks."):
+        return name
+    for ours, theirs in eat.RENAMED.items():
+        name = name.replace(ours, theirs)
+    name = re.sub(r"^decoder\.convs\.(\d+)", r"decoder.blocks.\1.0", name)
+    return "modality_encoders.IMAGE." + name
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +171,7 @@ def test_losses_and_gradients_equal_the_release(device, precision, compile, near
     assert losses["frame_loss"].item() == pytest.approx(22.156864, rel=near)
     assert losses["utterance_loss"].item() == pytest.approx(7.8057818, rel=near)
     if device == "cuda":
-        _, wanted = losses_and_gradients(*formula, cpu())
+        _, wanted = losses_and_gradients(*formula, machine_of())
         assert found.keys() == wanted.keys()
         assert relative_error(joined(found.values()), joined(wanted.values())) < near_gradient
         return
@@ -196,20 +181,6 @@ def test_losses_and_gradients_equal_the_release(device, precision, compile, near
         norms[group] = math.hypot(norms.get(group, 0), gradient.norm().item())
     nearly_none = 0.05 if precision == "bfloat16" else 0
     assert norms == pytest.approx(GRADIENT_NORMS, rel=near_gradient, abs=nearly_none)
-
-
-def test_targets_and_tokens_equal_the_release(formula):
-    model, x, mask = formula
-    targets, tokens = model.targets(x), model.student(x)
-    # Some channels vary by 5e-4 only: normalising them magnifies float32's rounding.
-    for got, want, within in (
-        (targets[0, 0, :4], [-1.0623108, -0.4307056, 0.5188150, 0.9966463], 2e-4),
-        (targets[1, 100, 60:], [-1.5293593, -1.2909735, -0.1522195, 0.4014070], 2e-4),
-        (tokens[0, 0, :4], [-1.3777491, -1.1289545, -0.7422174, -0.1943505], 5e-6),
-        (tokens[1, 77, :4], [-0.4975727, 0.8869479, 0.5765868, -0.2733991], 5e-6),
-        (tokens.abs().mean(), 0.82830022, 5e-6),
-    ):
-        torch.testing.assert_close(got, torch.tensor(want), atol=within, rtol=0)
 
 
 def test_targets_of_the_last_blocks():
@@ -229,16 +200,8 @@ def test_targets_of_the_last_blocks():
     assert not model.train().teacher.training  # whatever the student does
 
 
-def test_each_loss_has_its_weight_and_can_be_had_alone():
-    x = torch.randn(2, 1, 64, 128)
-    for off, alone, factor in (("frame_weight", "utterance_loss", 3),
-                               ("utterance_weight", "frame_loss", 1)):
-        model = EAT(small(**{"utterance_weight": 3.0, off: 0.0}))
-        losses = model(x)
-        assert losses["loss"].item() == pytest.approx(factor * losses[alone].item())
-        losses["loss"].backward()
-        assert model.decoder.proj.weight.grad.any() == (alone == "frame_loss")
-    losses = EAT(small(frame_weight=2.0, utterance_weight=3.0))(x)
+def test_each_loss_has_its_weight():
+    losses = EAT(small(frame_weight=2.0, utterance_weight=3.0))(torch.randn(2, 1, 64, 128))
     wanted = 2 * losses["frame_loss"] + 3 * losses["utterance_loss"]
     torch.testing.assert_close(losses["loss"], wanted)
 
@@ -254,7 +217,7 @@ def test_a_whole_step_equals_the_release():
     x, mask = fixture["spectrogram"], fixture["mask"]
     views = mask.shape[0] * mask.shape[1]  # the release sums the utterance loss over views
     model.config.utterance_weight = float(views)
-    keep = visible(mask)
+    keep = eat.visible_patches(mask, 25)
     tokens = model.student(x, keep)
     close = dict(atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(model.targets(x), fixture["targets"], **close)
@@ -266,7 +229,7 @@ def test_a_whole_step_equals_the_release():
     predicted = model.decode(tokens[:, 1:], keep, (16, 8))
     torch.testing.assert_close(predicted.flatten(0, 1), fixture["decoder_tokens"], **close)
 
-    losses, grads = losses_and_gradients(model, x, mask, cpu())
+    losses, grads = losses_and_gradients(model, x, mask, machine_of())
     for found, wanted in ((losses["frame_loss"], "frame_loss"), (losses["loss"], "total_loss"),
                           (losses["utterance_loss"] * views, "utterance_loss_summed_over_views")):
         assert found.item() == pytest.approx(fixture[wanted], rel=1e-6)
@@ -296,28 +259,6 @@ def test_a_run_goes_on_from_a_fairseq_file(sounds, tmp_path):
 
 
 # ---- eat.py: the parts ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device, near", [("cpu", 1e-5), pytest.param("cuda", 1e-4, marks=cuda)])
-def test_a_clip_longer_or_shorter_than_the_table_gets_the_same_positions(device, near):
-    short, long = Encoder(small(frames=32)), Encoder(small(frames=128))
-    long.load_state_dict(short.state_dict())
-    x = torch.randn(2, 1, 96, 128)
-    for encoder in (short, long):
-        found = copy.deepcopy(encoder).to(device)(x.to(device)).cpu()
-        torch.testing.assert_close(found, short(x), atol=near, rtol=near)
-
-
-def test_masked_patches_never_reach_the_student():
-    model, x = EAT(small()), torch.randn(3, 1, 64, 128)
-    mask = model.draw_mask(3, (4, 8))
-    tokens = model.student(x, visible(mask)).view(3, 2, -1, 32)
-    assert tokens.shape[2] == 1 + model.config.visible
-    hidden = mask[:, 1].view(3, 1, 4, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
-    changed = torch.where(hidden, torch.randn_like(x), x)
-    other = model.student(changed, visible(mask)).view(3, 2, -1, 32)
-    torch.testing.assert_close(other[:, 1], tokens[:, 1])
-    assert not torch.allclose(other[:, 0], tokens[:, 0])
 
 
 def test_the_decoder_gets_noise_at_masked_places_only():
@@ -436,7 +377,7 @@ class Waves:
     """A source of as many clips of noise as asked for. The batches of two whose numbers are `loud`
     (in the order of reading, from 0) are loud beyond all measure."""
 
-    packed, skipped = False, {}
+    skipped = {}
 
     def __init__(self, loud=(), size=8):
         self.loud, self.read_so_far = loud, 0
@@ -460,12 +401,12 @@ def waves(**how):
 def test_a_run_gets_a_fitting_number_of_steps(clips, given, steps, monkeypatch):
     def trial(config, recipe, clips, machine, saving):
         assert recipe.steps == 30 and not saving
-        (Path(recipe.out) / "log.jsonl").write_text('{"step": 30, "steps_per_second": 2.0}\n')
+        return {"step": 30, "steps_per_second": 2.0}
 
     monkeypatch.setattr(eat, "open_clips", lambda *how, **more: waves(size=clips))
     monkeypatch.setattr(eat, "train", trial)
     given = {"data": "somewhere", "out": "nowhere", "stats": "audioset", "warmup_steps": 3, **given}
-    recipe = eat.settle(given, cpu())[1]
+    recipe = eat.settle(given, machine_of())[1]
     assert (recipe.steps, recipe.warmup_steps) == (steps, 3)
     assert recipe.ema_anneal_steps == round(steps / 4)
 
@@ -478,7 +419,7 @@ def test_a_batch_is_split_by_a_cards_memory(gigabytes, preset, world, compiled, 
                                             monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda device: types.SimpleNamespace(total_memory=gigabytes * 1e9))
-    machine = cpu("bfloat16", compiled)
+    machine = machine_of("cpu", "bfloat16", compiled)
     machine.device, machine.world, machine.reduce = torch.device("cuda"), world, lambda x, how: x
     assert eat.choose_parts(48, EATConfig.preset(preset), machine) == parts
 
@@ -520,14 +461,15 @@ def share_of_a_batch(machine, parts=1):
 @pytest.mark.parametrize("way, near", [("accumulated", 1e-5), ("two processes", 1e-5),
                                        pytest.param("on a card", 1e-3, marks=cuda)])
 def test_a_shared_batch_gives_the_same_gradients(way, near, tmp_path):
-    wanted, path = share_of_a_batch(cpu()), tmp_path / "x.pt"
+    wanted, path = share_of_a_batch(machine_of()), tmp_path / "x.pt"
     if way == "two processes":
-        code = (f"import torch, test_eat as t; torch.save(t.share_of_a_batch(t.cpu()), "
+        code = (f"import torch, test_eat as t; torch.save(t.share_of_a_batch(t.machine_of()), "
                 f"{str(path)!r}); torch.distributed.destroy_process_group()")
         end_of(torchrun("--no-python", sys.executable, "-c", code), 0)
         found = torch.load(path)
     else:
-        found = share_of_a_batch(cpu() if way == "accumulated" else machine_of("cuda"), parts=2)
+        device = "cpu" if way == "accumulated" else "cuda"
+        found = share_of_a_batch(machine_of(device), parts=2)
     assert found.keys() == wanted.keys() and len(found) > 20
     for name, gradient in wanted.items():
         assert relative_error(found[name], gradient) < near, name
@@ -822,9 +764,7 @@ def test_a_run_that_came_and_went_meanwhile_is_not_written_over(sounds, whole_ru
     assert same_runs(tmp_path / "out", whole_run)
 
 
-def test_more_processes_than_cards_and_a_stopped_benchmark(monkeypatch, capsys):
-    monkeypatch.setattr(eat, "train", lambda *how, **more: 15)
-    assert eat.main(["bench", *CPU_FLAGS, *SMALL_FLAGS]) == 143
+def test_more_processes_than_cards_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -833,11 +773,12 @@ def test_more_processes_than_cards_and_a_stopped_benchmark(monkeypatch, capsys):
 
 def test_a_trial_comes_after_all_that_may_be_refused_and_can_be_stopped(sounds, tmp_path, capsys,
                                                                         monkeypatch):
-    monkeypatch.setattr(eat, "train", lambda *how, **more: int(signal.SIGTERM))
-    run = flags(sounds, tmp_path / "out", "--hours=1", steps=None)
+    monkeypatch.setattr(eat, "spectrogram", lambda *_: os.kill(os.getpid(), 15) or spectrogram(*_))
+    run = flags(sounds, tmp_path / "out", "--hours=1", "--stats=audioset", steps=None)
     refused(eat.main, [*run, "--probe=nowhere"], "no such folder", capsys)
-    assert eat.main(run) == 143
-    assert capsys.readouterr().err.splitlines()[-1] == "eat.py: stopped"
+    for job in (run, ["bench", *CPU_FLAGS, *SMALL_FLAGS]):
+        assert eat.main(job) == 143
+        assert capsys.readouterr().err.splitlines()[-1] == "eat.py: stopped by SIGTERM"
 
 
 def test_a_probe_hears_as_much_of_a_clip_as_finetune_does(esc):
@@ -857,37 +798,31 @@ BAD_INPUT = {
         ("--out={run}", "--resume"), ("--out={run} --resume --lr=0.5", "--lr 0.5"),
         ("--out={tuned} --resume", "not a run of"), ("--init={run}/lost.pt", "no such file"),
         ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
-        ("--mask-ratio=0.999", "some of the 32 patches visible"), ("--lr=-1", "lr (-1.0)"),
-        ("--init={last} --dim=64", "torch.Size([64]). and 61 more; with --init"),
+        ("--mask-ratio=0.999", "some of the 32 patches visible"),
+        ("--init={last} --dim=64", "size mismatch for student.cls"),
         ("--beta2=1", "beta2 (1.0) must be a number of at least 0, at most 0.9999"),
-        ("--mask-ratio=nan", "mask_ratio (nan)"), ("--mask-ratio=1", "mask_ratio (1.0)"),
         ("--mask-ratio=0", "mask_ratio (0.0)"), ("--mask-block=4", "mask_block (4) must be odd"),
-        ("--std=0", "std (0.0)"), ("--norm-eps=nan", "norm_eps (nan)"), ("--heads=0", "heads (0)"),
-        ("--dim=36", "decoder_groups (16)"), ("--workers=-1", "workers (-1)"),
+        ("--std=0", "std (0.0)"), ("--norm-eps=nan", "norm_eps (nan)"),
+        ("--dim=36", "decoder_groups (16)"),
         ("--steps=0", "steps (0) must be a number of at least 1"), ("--stepz=3", "--stepz=3"),
         ("--preset=bsae", "--preset: invalid choice: 'bsae'"),
         ("plot {empty}", "log.jsonl: no log"),
-        ("export {last} {last}", "expected a folder"), ("bench --frames=100", "multiple of 16"),
+        ("export {last} {last}", "expected a folder"),
         ("export {last} {last}/x.safetensors", "expected a folder")],
     "data": [
-        ("pack {empty} {empty}/pack --workers=-1", "invalid choice"),
-        ("pack x.wav y --sede=1", "--sede=1")],
+        ("pack {empty} {empty}/pack --workers=-1", "invalid choice")],
     "finetune": [
-        ("--stepz=3", "--stepz=3"), ("--data=nowhere", "no such folder"),
-        ("--fold=9", "--fold 9"), ("--checkpoint=nowhere.pt", "no such file"),
-        ("--drop-path=1", "drop_path (1.0)"), ("embed demo --checkpoint={last}", "has no files"),
+        ("--data=nowhere", "no such folder"), ("--fold=9", "--fold 9"),
+        ("embed demo --checkpoint={last}", "has no files"),
         ("--checkpoint={broken}/a.wav", "a.wav: not a whole checkpoint"),
         ("--out={run} --resume", "not a run of"), ("--weighted", "sampling weights"),
-        ("--out={tuned} --resume --lr=0.5", "--lr 0.5"),
         ("--batch-size=5 --accumulate=2", "multiple"), ("--shots=1", "--shots 1"),
-        ("--mode=linear --shots=0,x", "--shots 0,x"), ("look nowhere.wav", "no such file"),
+        ("--mode=linear --shots=0,x", "--shots 0,x"),
         ("look demo --out={empty}/a.xyz", "Format 'xyz' is not supported"),
         ("look demo --out=/dev/null/x.png", "expected a folder"),
-        ("predict a.wav --checkpoint={tuned}/last.pt --every=1e307", "at most a million"),
         ("look demo --seed=x", "invalid int value"),
         ("embed {empty} --checkpoint={last} --workers=-1", "at least 0"),
         ("embed a.wav --checkpoint={last} --out={last}/x.npz", "expected a folder"),
-        ("embed nowhere --checkpoint={last}", "no such file or folder"),
         ("predict {empty} --checkpoint={last} --top=0", "--top 0: must be above 0"),
         ("predict {empty} --checkpoint={last} --every=nan", "must be above 0"),
         ("predict {empty} --checkpoint={last}", "without a classifier"),
@@ -991,10 +926,10 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(device, precision, tmp_pa
 
 def test_a_decoder_without_a_loss_is_no_collapse():
     line, recipe = {"step": 9, "target_std": 0.9, "prediction_std": 0.001}, Recipe(out="nowhere")
-    eat.check_health(line, 0, small(frame_weight=0.0), recipe, cpu())
+    eat.check_health(line, 0, small(frame_weight=0.0), recipe, machine_of())
     for config, lower in ((small(), {}), (small(frame_weight=0.0), {"target_std": 0.001})):
         with pytest.raises(data.RunStopped, match="collapsed"):
-            eat.check_health({**line, **lower}, 0, config, recipe, cpu())
+            eat.check_health({**line, **lower}, 0, config, recipe, machine_of())
 
 
 @pytest.mark.parametrize("device, scale", [
@@ -1038,7 +973,7 @@ def test_a_full_disk_does_not_end_the_run(sounds, whole_run, tmp_path, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
     assert len(said) == 1 and "none yet; going on" in said[0]
     assert same_runs(out, whole_run)
-    log = eat.Log(str(tmp_path), 0, 9, cpu(), waves())
+    log = eat.Log(str(tmp_path), 0, 9, machine_of(), waves())
     path.symlink_to("/dev/full")
     log.append({"step": 1})
     path.unlink()
@@ -1060,24 +995,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(sounds, whole_run, tmp
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"nothing")
     refused(eat.main, flags(sounds, tmp_path, "--resume"), "not a whole checkpoint", capsys)
-
-
-def test_no_flipped_bit_goes_unnoticed(whole_run, tmp_path):
-    content, rng = (whole_run / "last.pt").read_bytes(), np.random.default_rng(0)
-    whole, noticed = eat.read_checkpoint(whole_run / "last.pt"), 0
-    for place in rng.integers(len(content), size=100):
-        flipped = bytearray(content)
-        flipped[place] ^= 1 << rng.integers(8)
-        (tmp_path / "flipped.pt").write_bytes(flipped)
-        try:
-            state = eat.read_checkpoint(tmp_path / "flipped.pt")
-        except UsageError:
-            noticed += 1
-            continue
-        assert state["config"] == whole["config"] and state["step"] == whole["step"]
-        for name, tensor in whole["model"].items():  # it was padding
-            assert torch.equal(state["model"][name], tensor)
-    assert noticed > 50
 
 
 # ---- eat.py: checkpoints -------------------------------------------------------------------------
@@ -1167,15 +1084,6 @@ def test_absurd_sizes_are_refused_before_memory_is_asked_for(wrong, whole_run, t
         eat.load_encoder(tmp_path)
 
 
-def test_what_does_not_fit_is_named(whole_run, tmp_path):
-    state = torch.load(whole_run / "last.pt", weights_only=True)
-    state["model"] |= {"student.extra": torch.zeros(1), "student.pre_norm.weight": torch.zeros(5)}
-    del state["model"]["student.cls"]
-    torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match='Missing.*"cls".*Unexpected.*"extra".*pre_norm.weight'):
-        eat.load_encoder(tmp_path / "x.pt")
-
-
 class Calls:
     """Pickles as a call of `function`."""
 
@@ -1190,22 +1098,11 @@ class Stranger:
     pass
 
 
-class HugeStorage(pickle.Pickler):
-    """A Stranger becomes a tensor that claims more elements than its bytes hold."""
-
-    def persistent_id(self, thing):
-        if type(thing) is Stranger:
-            return ("storage", torch.FloatStorage, "0", "cpu", 10**12)
-
-
-REBUILD, STORAGE = torch._utils._rebuild_tensor_v2, torch.FloatStorage(4)
 HOSTILE = {
     "os.system": Calls(os.system, "touch ran"), "eval": Calls(eval, "open('ran', 'w')"),
     "getattr": Calls(getattr, "x", "upper"), "process": Calls(subprocess.Popen, ["touch", "ran"]),
-    "nested": None, "numpy": Calls(np.load, "ran"), "huge storage": None,
-    "reach beyond": Calls(REBUILD, STORAGE, 0, (5,), (1,), False, {}),
-    "negative stride": Calls(REBUILD, STORAGE, 3, (4,), (-1,), False, {}),
-    "wrong storage": Calls(REBUILD, "no storage", 0, (4,), (1,), False, {}),
+    "beyond its storage": Calls(torch._utils._rebuild_tensor_v2, torch.FloatStorage(4), 0, (5,),
+                                (1,), False, {}),
 }
 
 
@@ -1213,30 +1110,10 @@ HOSTILE = {
 @pytest.mark.parametrize("place", ["cfg", "model", "config"])
 def test_no_code_in_a_checkpoint_runs(kind, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    evil, buffer, ran = HOSTILE[kind], io.BytesIO(), []
-    if kind == "nested":
-        torch.save(Calls(os.system, "touch ran"), buffer)
-        evil = Calls(torch.storage._load_from_bytes, buffer.getvalue())
-    if kind == "huge storage":
-        HugeStorage(buffer, 2).dump({"cfg": None, "model": {"x": Stranger()}})
-        with zipfile.ZipFile("evil.pt", "w") as archive:
-            archive.writestr("x/data.pkl", buffer.getvalue())
-            archive.writestr("x/data/0", b"\0" * 16)
-    else:
-        torch.save({"model": {"x": torch.zeros(2)}, place: evil}, "evil.pt")
-    monkeypatch.setattr(os, "system", ran.append)
+    torch.save({"model": {"x": torch.zeros(2)}, place: HOSTILE[kind]}, "evil.pt")
     with pytest.raises(UsageError, match=r"evil\.pt[^\n]*\Z"):
         eat.load_encoder("evil.pt")
-    assert not ran and os.listdir() == ["evil.pt"]
-
-
-def test_a_head_of_an_earlier_version_is_refused(tuned, tmp_path):
-    """It did not weigh time by loudness, and would say something else now."""
-    state = eat.read_checkpoint(tuned / "last.pt")
-    for by_loudness, right in ((True, True), (None, False)):
-        torch.save({**state, "reading": "patches", "by_loudness": by_loudness}, tmp_path / "x.pt")
-        with contextlib.nullcontext() if right else pytest.raises(UsageError, match="earlier"):
-            eat.read_checkpoint(tmp_path / "x.pt")
+    assert os.listdir() == ["evil.pt"]
 
 
 def test_unknown_classes_become_stand_ins_that_keep_their_state(tmp_path):
@@ -1253,29 +1130,21 @@ def test_unknown_classes_become_stand_ins_that_keep_their_state(tmp_path):
 # ---- eat.py: frozen features ---------------------------------------------------------------------
 
 
-def slow_blocks(encoder, x):
-    """`x`: (1, 1, T, 128), all of it sound -> what each block makes of it: (L, 1 + N, D)."""
+def slow_reading(encoder, x):
+    """`x`: (1, 1, T, 128), all of it sound -> its rows (T / 16, 8 * D), 8 patches side by side,
+    averaged over the blocks; and the three readings of this one clip."""
     tokens, outputs = encoder.embed(x), []
     for block in encoder.blocks:
         tokens, _ = block(tokens)
-        outputs.append(tokens[0])
-    return torch.stack(outputs)
-
-
-def slow_rows(encoder, x):
-    """8 patches side by side, averaged over the blocks -> (T / 16, 8 * D)."""
-    return slow_blocks(encoder, x)[:, 1:].mean(0).view(x.shape[2] // 16, -1)
-
-
-def slow_reading(encoder, x):
-    """-> the three readings of this one clip."""
-    rows, last = slow_rows(encoder, x), slow_blocks(encoder, x)[-1]
+        outputs.append(tokens[0, 1:])
+    rows = torch.stack(outputs).mean(0).view(x.shape[2] // 16, -1)
     log_mel = x[0, 0].double() * 2 * encoder.config.std + encoder.config.mean
     loud = log_mel.exp().view(len(rows), -1).sum(1) ** 0.3
     share = (loud / loud.sum()).float()[:, None]
     mean = (share * rows).sum(0)
-    return {"patches": torch.cat([mean, (share * (rows - mean) ** 2).sum(0).sqrt()]),
-            "CLS": last[0], "mean of patches": last[1:].mean(0)}
+    deviation = (share * (rows - mean) ** 2).sum(0).sqrt()
+    return rows, {"patches": torch.cat([mean, deviation]),
+                  "CLS": tokens[0, 0], "mean of patches": tokens[0, 1:].mean(0)}
 
 
 @torch.no_grad()
@@ -1289,23 +1158,12 @@ def test_features_leave_the_padding_out_and_equal_a_slow_version():
         sounds = [torch.randn(length) for length in lengths]
         clips.source.read = lambda file, start, count: sounds[file]
         config = small(frames=frames)
-        found, used = eat.features(encoder, config, clips, range(6), cpu())
+        found, used = eat.features(encoder, config, clips, range(6), machine_of())
         assert used.tolist() == list(range(6))
         for k, (wave, count) in enumerate(zip(sounds, steps)):
             x = spectrogram(wave[None], lengths[k, None], count * 16, config.mean, config.std)
-            for name, value in slow_reading(encoder, x).items():
+            for name, value in slow_reading(encoder, x)[1].items():
                 torch.testing.assert_close(found[name][k], value, atol=1e-5, rtol=1e-4)
-
-
-def test_loudness_by_hand():
-    """Ten times the power is 1.995 times as loud; padding is not heard, however loud it is."""
-    std, x = 2.0, torch.zeros(2, 1, 64, 128)
-    x[:, :, 16:32] = math.log(10) / (2 * std)
-    x[:, :, 48:] = 100.0
-    found = data.loudness(x, std, torch.tensor([2, 3]), 16)
-    loud = 10**0.3
-    wanted = torch.tensor([[1, loud, 0, 0], [1, loud, 1, 0]])
-    torch.testing.assert_close(found, wanted / wanted.sum(1, keepdim=True))
 
 
 def test_nearest_neighbours_by_hand():
@@ -1558,59 +1416,42 @@ def test_short_files_get_advice_that_fits(tmp_path, sounds, capsys):
         assert "longer than 0.50 s, and of each only the beginning" in long
 
 
-def test_unusable_clips_give_way_to_the_next_and_are_named(tmp_path):
+def test_unusable_clips_give_way_to_others_and_are_named(tmp_path):
     for k in range(4):
         tone(tmp_path / f"{k}.wav", seconds=1, hertz=100 * (k + 1))
     write(tmp_path / "1.wav", np.full(16_000, 0.25))
     clips = open_clips(str(tmp_path), 128)
-    (tmp_path / "2.wav").unlink()  # after the headers were read
-    batch = clips[[0, 1]]
+    (tmp_path / "0.wav").unlink()  # after the headers were read
+    batch = clips[[2, 1]]
     torch.testing.assert_close(batch.waveforms[1, :16_000], clips.usable(3))
-    assert batch.lengths.tolist() == [16_000] * 2 and batch.numbers.tolist() == [0, 3]
-    assert {Path(path).name for path in batch.skipped} == {"1.wav", "2.wav"}
+    assert batch.lengths.tolist() == [16_000] * 2 and batch.numbers.tolist() == [2, 3]
+    assert {Path(path).name for path in batch.skipped} == {"0.wav", "1.wav"}
     assert batch.skipped[str(tmp_path / "1.wav")] == "silent"
-    for k in (0, 3):
+    for k in (2, 3):
         (tmp_path / f"{k}.wav").unlink()
     batch = clips[[0]]
     assert len(batch.waveforms) == 0 and len(batch.skipped) == 4
 
 
-def test_a_file_that_is_cut_off_gives_what_it_has(tmp_path):
-    """Its header still claims all of it. After the first clip that is not there no more is read."""
-    sound = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000)
-    path = write(tmp_path / "a.flac", sound)
-    os.truncate(path, path.stat().st_size // 2)
-    clips = open_clips(str(tmp_path), 64)
-    assert len(clips) == 16
-    for asked, given in (([5], [5]), ([9], [0]), ([14, 2], [0, 2])):
-        batch = clips[asked]
-        assert batch.numbers.tolist() == given and batch.lengths.tolist() == [10_480] * len(given)
-    assert batch.skipped == {str(path): "ends before its header says"}
-
-
 @pytest.mark.parametrize("order", [1, -1])
-def test_samples_that_are_not_finite_cost_the_clips_they_are_in(order, tmp_path):
-    sound = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000)
-    sound[[60_000, 159_999]] = np.nan
-    write(tmp_path / "a.wav", sound, kind="FLOAT")
-    clips, used = open_clips(str(tmp_path), 64), []
-    for number in range(16)[::order]:
-        with contextlib.suppress(data.AudioError):
-            used.append(clips.usable(number) is not None and number)
-    assert sorted(used) == [number for number in range(15) if number != 60_000 // 10_480]
-
-
-def test_a_hole_in_a_file_costs_the_clips_it_is_in(tmp_path):
-    path = write(tmp_path / "a.flac", np.random.default_rng(0).uniform(-0.5, 0.5, 160_000))
-    content = bytearray(path.read_bytes())
-    hole = len(content) * 5 // 16
-    content[hole : hole + 2000] = bytes(2000)
-    path.write_bytes(content)
+@pytest.mark.parametrize("damage, lost", [("cut off", range(7, 16)), ("not finite", (5, 15)),
+                                          ("a hole", (4, 5))])
+def test_damage_costs_the_clips_it_is_in(damage, lost, order, tmp_path):
+    sound, path = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000), tmp_path / "a.flac"
+    if damage == "not finite":
+        sound[[60_000, 159_999]] = np.nan
+        path = tmp_path / "a.wav"
+    write(path, sound, kind="FLOAT" if damage == "not finite" else None)
+    content = path.read_bytes()
+    if damage == "cut off":  # its header still claims all of it
+        path.write_bytes(content[: len(content) // 2])
+    if damage == "a hole":
+        hole = len(content) * 5 // 16
+        path.write_bytes(content[:hole] + bytes(2000) + content[hole + 2000 :])
     clips = open_clips(str(tmp_path), 64)
-    for number in range(len(clips)):  # in this order a hole could be taken for the end
-        with contextlib.suppress(data.AudioError):
-            clips.usable(number)
-    assert [clips[[number]].numbers.tolist() for number in (3, 10, 15)] == [[3], [10], [15]]
+    numbers = [clips[[number]].numbers.item() for number in range(16)[::order]][::order]
+    assert set(numbers) == set(range(16)) - set(lost)
+    assert all(number == k for k, number in enumerate(numbers) if k not in lost)
 
 
 def test_the_demo_comes_from_its_seed_and_its_classes_do_not_differ_in_mean_spectrum():
@@ -1677,17 +1518,6 @@ def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
     # One of them is scaled, so all are floats.
     mixed, wanted = (x[[0, 3]].waveforms for x in (clips, files))
     torch.testing.assert_close(mixed, wanted, atol=3 / 32768, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore:'pin_memory'")
-def test_a_pack_is_read_by_the_process_itself_but_for_a_card_by_workers(several, tmp_path):
-    pack(several, tmp_path / "pack")
-    clips, batches, found = open_clips(str(tmp_path / "pack"), 128), [[1, 0], [2, 3]], []
-    for device in ("cpu", "cuda"):
-        with data.loading(clips, batches, 2, torch.device(device)) as loader:
-            found.append([batch.waveforms.clone() for batch in loader])
-            assert len(getattr(loader, "_workers", [])) == (2 if device == "cuda" else 0)
-    assert all(map(torch.equal, *found))
 
 
 def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, capsys):
@@ -2053,7 +1883,7 @@ def esc(tmp_path_factory):
 
 def test_mel_statistics_leave_the_padding_out(esc):
     found = data.open_labelled(str(esc), 128)  # 0.7 s in clips of 1.28 s
-    kinds, _ = finetune.read_all(found, None, small(frames=128), FineTune(), cpu())
+    kinds, _ = finetune.read_all(found, None, small(frames=128), FineTune(), machine_of())
     x = fbank(found.clips.usable(3)[None])[0, :64]  # 68 frames, which fill 4 time steps of 16
     x = (x + 4.268) / (2 * 4.569)
     want = torch.cat([x.mean(0), x.std(0, unbiased=False)])
@@ -2239,7 +2069,8 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
             seconds.extend(0.64 * number + 0.16 * np.arange(steps))
             c, length = encoder.config, torch.tensor([len(window)])
             x = spectrogram(window[None], length, steps * 16, c.mean, c.std)
-            readings.append(slow_reading(encoder, x))
+            features, reading = slow_reading(encoder, x)
+            readings.append(reading)
         for name in readings[0]:
             want = np.average([x[name] for x in readings], axis=0, weights=list(map(len, windows)))
             np.testing.assert_allclose(files[name.replace(" ", "_")][k], want, atol=1e-5)
@@ -2247,8 +2078,7 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
         assert mine.sum() == count
         np.testing.assert_allclose(rows["seconds"][mine], seconds, atol=1e-6)
         if len(windows) == 1:
-            want = slow_rows(encoder, x)
-            np.testing.assert_allclose(rows["features"][mine], want, atol=1e-5)
+            np.testing.assert_allclose(rows["features"][mine], features, atol=1e-5)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -2415,14 +2245,15 @@ def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_pa
 @linux
 def test_a_signal_at_any_moment_saves_and_a_run_resumes_exactly(sounds, whole_run, tmp_path):
     """A lost terminal, and one under nohup; Ctrl-C; told to stop, and killed, amid the writing of
-    the second checkpoint; killed between its two renames. SIGTERM to a worker does nothing. And
-    the log ends as after a power failure."""
+    the second checkpoint; killed between its two renames. SIGTERM to a worker does nothing, nor
+    does that to all processes. And the log ends as after a power failure."""
     lost = "at(eat.EAT, 'update_teacher', 3, send(signal.SIGHUP))"
     to_workers = "[os.kill(worker.pid, 15) for worker in multiprocessing.active_children()]"
     cases = [  # each with its exit status and the step that is saved
         (f"at(eat.EAT, 'update_teacher', 3, lambda: {to_workers})", 0, 8),
         (lost, 129, 3), ("signal.signal(signal.SIGHUP, signal.SIG_IGN); " + lost, 0, 8),
         (lost.replace("SIGHUP", "SIGINT"), 130, 3),
+        ("os.setsid(); at(eat.EAT, 'update_teacher', 3, lambda: os.killpg(0, 15))", 143, 3),
         ("at(os, 'fsync', 2, send(signal.SIGTERM))", 143, 7),
         ("at(os, 'fsync', 2, send(9))", -9, 3), ("at(os, 'replace', 3, send(9))", -9, None)]
     outs = [tmp_path / str(k) for k in range(len(cases))]
@@ -2441,21 +2272,6 @@ def test_a_signal_at_any_moment_saves_and_a_run_resumes_exactly(sounds, whole_ru
 
 
 @linux
-def test_a_signal_to_all_processes_of_a_run_stops_the_main_one_alone(sounds, tmp_path):
-    """Workers end by a SIGTERM of their parent's only: what they read is not lost."""
-    process = start("-c", "import os, sys, eat; os.setsid(); sys.exit(eat.main(sys.argv[1:]))",
-                    *flags(sounds, tmp_path, "--workers=2", "--steps=100000"))
-    wait_for_step(process, tmp_path, 2)
-    for worker in set(processes(tmp_path)) - {process.pid}:
-        os.kill(worker, signal.SIGTERM)
-    wait_for_step(process, tmp_path, logged(tmp_path)[-1]["step"] + 20)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert "Traceback" not in end_of(process, 143, "--resume")
-    assert weights(tmp_path)[0] == logged(tmp_path)[-1]["step"]
-    assert_none_left(tmp_path)
-
-
-@linux
 @full_disk
 def test_a_run_goes_on_without_its_output(sounds, whole_run, tmp_path):
     run = f"{sys.executable} eat.py $0 $@"
@@ -2468,16 +2284,6 @@ def test_a_run_goes_on_without_its_output(sounds, whole_run, tmp_path):
         assert same_runs(tmp_path / str(k), whole_run)
     notebook = "import data, io, sys; sys.stdout = io.StringIO(); data.run('a notebook', list)"
     assert "rror" not in end_of(start("-c", notebook), 0)
-
-
-def test_fine_tuning_saves_a_fold_before_it_speaks_of_it(esc, start_from, tmp_path, monkeypatch):
-    def silent(*texts, **_):
-        if texts[0].startswith("fold 1"):
-            raise BrokenPipeError("nobody listens")
-
-    monkeypatch.setattr("builtins.print", silent)
-    assert fine(esc, tmp_path, start_from) == 1
-    assert list(torch.load(tmp_path / "last.pt")["done"]) == ["fold 1"]
 
 
 @linux
@@ -2584,21 +2390,15 @@ def test_open_files_do_not_grow_with_the_clips():
 
 
 def test_a_run_goes_on_with_other_files_and_says_so(sounds, tmp_path, capsys):
-    for change in ("added", "removed"):
-        folder, out = shutil.copytree(sounds, tmp_path / change), tmp_path / f"out {change}"
-        assert eat.main(flags(folder, out, "--save-every=3")) == 0
-        os.replace(out / "previous.pt", out / "last.pt")
-        if change == "added":
-            tone(folder / "more.wav")
-        else:
-            (folder / "03.wav").unlink()
-        capsys.readouterr()
-        assert eat.main(flags(folder, out, "--resume")) == 0
-        said = capsys.readouterr().err
-        assert said.count("warning") == 1 and "the run began with 26 clips, and now has" in said
-        assert ("now has 24" in said) == (change == "removed")
-        assert [line["step"] for line in logged(out)] == list(range(1, 9))
-        assert weights(out)[0] == 8
+    folder, out = shutil.copytree(sounds, tmp_path / "sounds"), tmp_path / "out"
+    assert eat.main(flags(folder, out, "--save-every=3")) == 0
+    os.replace(out / "previous.pt", out / "last.pt")
+    (folder / "03.wav").unlink()
+    capsys.readouterr()
+    assert eat.main(flags(folder, out, "--resume")) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1 and "began with 26 clips, and now has 24" in said
+    assert [line["step"] for line in logged(out)] == list(range(1, 9)) and weights(out)[0] == 8
 
 
 # ---- CUDA, as far as it goes without a card ------------------------------------------------------
@@ -2646,14 +2446,12 @@ def counted(model):
     return torch.compile(model, backend=counter, fullgraph=True, dynamic=False), counter
 
 
-@pytest.mark.parametrize("drawn", [False, True], ids=["mask given", "mask drawn inside"])
-def test_pre_training_is_one_graph_that_is_compiled_once(drawn):
+def test_pre_training_is_one_graph_that_is_compiled_once():
     model = EAT(small())
     net, counter = counted(model)
     for _ in range(5):
-        mask = None if drawn else model.draw_mask(2, (4, 8))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = net(torch.randn(2, 1, 64, 128), mask)["loss"]
+            loss = net(torch.randn(2, 1, 64, 128), model.draw_mask(2, (4, 8)))["loss"]
         loss.backward()
         model.update_teacher(0.9)
     assert counter.frame_count == 1
@@ -2723,10 +2521,10 @@ def test_cuda_graphs_are_for_one_card_and_for_batches_in_one_part(tmp_path, monk
     monkeypatch.setattr(eat.Machine, "prepare",
                         lambda self, model, graphs=False: asked.append(graphs) or model)
     for parts in (1, 2):
-        train(tmp_path / str(parts), cpu(), waves(), steps=1, accumulate=parts)
+        train(tmp_path / str(parts), machine_of(), waves(), steps=1, accumulate=parts)
     assert asked == [True, False]
     monkeypatch.setattr(torch, "compile", lambda model, mode, **_: modes.append(mode))
-    machine = cpu(compile=True)
+    machine = machine_of(compile=True)
     for device, graphs in (("cpu", True), ("cuda", False), ("cuda", True)):
         machine.device = torch.device(device)
         prepare(machine, None, graphs)
@@ -2743,7 +2541,7 @@ def test_the_log_has_the_means_over_the_parts_of_a_batch(tmp_path, monkeypatch):
         return net
 
     monkeypatch.setattr(eat.Machine, "prepare", prepare)
-    train(tmp_path, cpu(), waves(), steps=2, accumulate=2)
+    train(tmp_path, machine_of(), waves(), steps=2, accumulate=2)
     for line, parts in zip(logged(tmp_path), (found[:2], found[2:]), strict=True):
         for name, first in parts[0].items():
             mean = (first.item() + parts[1][name].item()) / 2
@@ -2767,7 +2565,7 @@ def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
 @cuda
 def test_compiled_steps_of_full_width_are_the_eager_ones_and_the_cpu_s():
     x, mask, found = torch.randn(2, 1, 256, 128), EAT(BASE).draw_mask(2, (16, 8)), []
-    for machine in (cpu(), machine_of("cuda"), machine_of("cuda", compile=True)):
+    for machine in (machine_of(), machine_of("cuda"), machine_of("cuda", compile=True)):
         model, step = stepper(machine)
         before = joined(model.student.parameters())
         for _ in range(5):  # compiled, the first two prepare a CUDA graph
@@ -2854,36 +2652,13 @@ def test_attention_on_a_card_is_a_flash_kernel():
         assert len(attention) >= 2, names
 
 
-def convolved(x, conv, copied=False):
-    x = x.permute(0, 3, 1, 2)
-    return conv(x.contiguous() if copied else x).permute(0, 2, 3, 1)
-
-
-@pytest.mark.parametrize("device, size, kernel, dtype, near", [
-    ("cpu", (2, 4, 8, 64), 3, torch.float64, 1e-12),
-    ("cpu", (2, 4, 8, 64), 5, torch.float64, 1e-12),
-    ("cpu", (2, 4, 8, 64), 3, torch.bfloat16, 0.01),
-    pytest.param("cuda", (192, 64, 8, 768), 3, torch.bfloat16, 0.02, marks=cuda)])
-def test_three_ways_to_convolve_agree(device, size, kernel, dtype, near, capsys):
-    """On a card it prints how long each takes, forward and backward, for 12 clips of 16 clones."""
-    torch.backends.cudnn.benchmark = True
+@pytest.mark.parametrize("kernel, dtype, near", [
+    (3, torch.float64, 1e-12), (5, torch.float64, 1e-12), (3, torch.bfloat16, 0.01)])
+def test_the_dense_convolution_equals_the_grouped_one(kernel, dtype, near):
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(size[3], size[3], kernel, padding=kernel // 2, groups=16)
-    conv.to(device, dtype)
-    x = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
-    wanted, up, reference = (x, *conv.parameters()), torch.randn_like(x), None
-    for name, way in {"channels last": convolved, "dense": eat.dense_convolution,
-                      "contiguous": functools.partial(convolved, copied=True)}.items():
-        y = way(x, conv)
-        found = joined([y, *torch.autograd.grad(y, wanted, up)]).double()
-        reference = found if reference is None else reference
-        assert relative_error(found, reference) < near
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(20):
-                torch.autograd.grad(way(x, conv), wanted, up)
-            end.record()
-            torch.cuda.synchronize()
-            with capsys.disabled():
-                print(f"\n{name}: {begin.elapsed_time(end) / 20:.2f} ms", end="")
+    conv = torch.nn.Conv2d(64, 64, kernel, padding=kernel // 2, groups=16).to(dtype=dtype)
+    x = torch.randn(2, 4, 8, 64, dtype=dtype, requires_grad=True)
+    wanted, up, found = (x, *conv.parameters()), torch.randn_like(x), []
+    for y in (eat.dense_convolution(x, conv), conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)):
+        found.append(joined([y, *torch.autograd.grad(y, wanted, up)]).double())
+    assert relative_error(*found) < near
