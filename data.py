@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing.pool
 import os
+import shutil
 import signal
 import sys
 import typing
@@ -869,7 +870,7 @@ def make_folder(path):
 @contextlib.contextmanager
 def lock(folder):
     """Make a folder, into which only one process at a time writes. The system itself lets go of the
-    lock of one that has died."""
+    lock of one that has died. Where nothing comes of it, as by a mistake, the folder goes again."""
     make_folder(folder)
     try:
         import fcntl
@@ -888,7 +889,12 @@ def lock(folder):
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == ["lock"]:
+                    shutil.rmtree(folder)
 
 
 def main(argv=None):
