@@ -575,7 +575,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
             if labelled and probe_due and machine.rank == 0:
                 log.probed(step, probe(model.student, labelled, machine))
     if step < recipe.steps:
-        raise KeyboardInterrupt(stop, "; --resume goes on from there" if saving else "")
+        raise KeyboardInterrupt(stop, f"; --resume goes on from {recipe.out}" if saving else "")
     return line
 
 # ---- Did it learn? Frozen features, and nearest neighbours among them ----------------------------
