@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing.pool
 import os
-import shutil
 import signal
 import sys
 import typing
@@ -870,7 +869,7 @@ def make_folder(path):
 @contextlib.contextmanager
 def lock(folder):
     """Make a folder, into which only one process at a time writes. The system itself lets go of the
-    lock of one that has died. Where nothing comes of it, as by a mistake, the folder goes again."""
+    lock of one that has died."""
     make_folder(folder)
     try:
         import fcntl
@@ -889,12 +888,7 @@ def lock(folder):
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if os.listdir(folder) == ["lock"]:
-                    shutil.rmtree(folder)
+        yield
 
 
 def main(argv=None):

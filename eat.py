@@ -1390,11 +1390,12 @@ def pretrain(**given):
         # Its 600 steps are shorter than compiling them.
         defaults = {"out": "out-demo", "probe": "demo", "compile": False}
     given = {**defaults, **given}
-    machine = settings(Machine, given)
-    with lock(given["out"]) if machine.rank == 0 else contextlib.nullcontext():
-        resumed = resume(given, "processes")
-        config, recipe, clips, labelled = settle(given, machine, resumed)
+    machine, resumed = settings(Machine, given), resume(given, "processes")
+    config, recipe, clips, labelled = settle(given, machine, resumed)
+    with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
+            if not resumed:  # has another run come and gone since it was asked?
+                resume({"out": recipe.out}, "processes")
             describe(config, recipe, clips, machine, labelled, resumed)
         train(config, recipe, clips, machine, resumed, labelled)
     if machine.world > 1:

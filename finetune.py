@@ -792,6 +792,7 @@ def look_at_encoder(figure, name, state, config, x, image, grid):
 def settle(given):
     """Flags -> (FineTune, EATConfig, Labelled, the encoder's tensors or None, the checkpoint to go
     on from or None)."""
+    given = {"out": f"out-{given.get('mode', FineTune.mode)}", **given}
     out, resumed = given["out"], eat.resume(given, "start")
     if resumed:
         given = {**resumed["recipe"], **given}
@@ -852,13 +853,12 @@ def train_or_probe(given):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     machine = eat.settings(Machine, given)
-    given = {"out": f"out-{given.get('mode', FineTune.mode)}", **given}
-    with lock(given["out"]):
-        recipe, config, data, start, resumed = settle(given)
-        print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
-        print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
-              f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
-              f"{config.std}{data.clips.advice()}", flush=True)
+    recipe, config, data, start, resumed = settle(given)
+    print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
+    print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
+          f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
+          f"{config.std}{data.clips.advice()}", flush=True)
+    with lock(recipe.out):
         if recipe.mode == "finetune":
             print(f"recipe   {recipe.recipe or 'as esc50'}: {recipe.steps:,} steps x "
                   f"{recipe.batch_size} clips a fold, learning rate {recipe.lr:.3g}, layer decay "

@@ -754,6 +754,17 @@ def test_a_probe_starts_anew_with_its_run_and_says_what_it_probes_on(sounds, esc
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_that_came_and_went_meanwhile_is_not_written_over(sounds, whole_run, tmp_path, capsys,
+                                                                monkeypatch):
+    def opened(*how, **more):
+        shutil.copytree(whole_run, tmp_path / "out")
+        return open_clips(*how, **more)
+
+    monkeypatch.setattr(eat, "open_clips", opened)
+    refused(eat.main, flags(sounds, tmp_path / "out", "--resume"), "holds a run already", capsys)
+    assert same_runs(tmp_path / "out", whole_run)
+
+
 def test_more_processes_than_cards_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
