@@ -234,6 +234,7 @@ class Clips(Dataset):
 
     def __init__(self, source, frames, files=None):
         self.source, self.frames, self.samples = source, frames, clip_samples(frames)
+        self.packed = source.packed
         self.skipped = {}  # what was left out so far: path -> reason
         self.replace = files is None  # does another clip take the place of one of no use?
         if files is None:
@@ -313,6 +314,8 @@ def shared(x):
 
 class SoundFiles:
     """Sound files as a source of clips. Their lengths are what their headers say."""
+
+    packed = False  # whether reading is no more than copying
 
     def __init__(self, names):
         self.names, self.skipped = names, {}
@@ -426,18 +429,25 @@ def part_size(batch_size, parts):
 
 
 def shares(numbers, batch_size, accumulate=1, rank=0, world=1):
-    """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts."""
+    """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts.
+    Raises UsageError, at once: in a loader it would come when its workers run already."""
     size = part_size(batch_size, accumulate * world)
-    while True:
-        mine = list(itertools.islice(numbers, batch_size))[rank::world]
-        for start in range(0, len(mine), size):
-            yield mine[start : start + size]
+
+    def parts():
+        while True:
+            mine = list(itertools.islice(numbers, batch_size))[rank::world]
+            for start in range(0, len(mine), size):
+                yield mine[start : start + size]
+
+    return parts()
 
 
 @contextlib.contextmanager
 def loading(clips, batches, workers, device):
     """-> an iterator over what `clips` makes of each list of numbers, read by worker processes (or
     by none), which end when the block is left, however that happens."""
+    # To read a pack is to copy: not worth a process, unless this one is busy driving a card.
+    workers = 0 if clips.packed and device.type == "cpu" else workers
     loader = iter(DataLoader(  # without a batch size: `clips` itself makes the batches
         clips, batch_size=None, sampler=batches, num_workers=workers,
         worker_init_fn=_settle_worker, pin_memory=device.type == "cuda"))
@@ -500,6 +510,8 @@ def pack(source, out, workers):
 class Pack:
     """An open pack, a source of clips."""
 
+    packed = True
+
     def __init__(self, path):
         self.path, self.samples = path, os.path.join(path, "samples")
         try:
@@ -548,7 +560,7 @@ class Demo:
     position and background vary; a clip's class is how its pitch moves. The labels are for
     evaluation only."""
 
-    skipped = {}
+    packed, skipped = False, {}
     classes = [f"{speed} {shape}" for speed in SPEEDS for shape in SHAPES]
 
     def __init__(self, frames, seed=0, size=4000, held_out=False):
@@ -825,7 +837,8 @@ def run(program, job):
             stream = getattr(sys, name) or open(os.devnull, "w")
             if hasattr(stream, "reconfigure"):  # a notebook's has not
                 stream.reconfigure(errors="backslashreplace")  # names need not be in its encoding
-            stream.write, stream.flush = harmless(stream.write), harmless(stream.flush)
+            # Not as attributes, which some streams hand on to another.
+            vars(stream).update(write=harmless(stream.write), flush=harmless(stream.flush))
             setattr(sys, name, stream)
     try:
         return job() or 0

@@ -423,7 +423,7 @@ class Recipe:
     """How it is trained. Defaults are the release's, for base on AudioSet-2M, unless said."""
 
     data: str = option(None, "a folder of sound, a file, a list of files, a pack, or 'demo'")
-    preset: str = option(None, "sizes, recipe; default: by the machine", choices=tuple(PRESETS))
+    preset: str = option(None, "sizes, recipe; default: what fits", choices=tuple(PRESETS))
     out: str = option("out", "folder for last.pt, previous.pt and log.jsonl")
     init: str = option(None, "start from a checkpoint's weights, teacher included")
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
@@ -441,7 +441,7 @@ class Recipe:
     grad_clip: float = option(4.0, "largest norm of the gradient")
     ema_decay: float = option(0.9998, "the teacher's decay tau at the start", most=1)
     ema_end_decay: float = option(0.99999, "the teacher's decay tau after annealing", most=1)
-    ema_anneal_steps: int = option(None, "in between; default: 1/4 of --steps", least=0)
+    ema_anneal_steps: int = option(None, "updates in between; default: 1/4 of --steps", least=0)
     collapse_std: float = option(0.01, "stop when targets or predictions vary less than this; ours")
     stats: str = option("audioset", "mean and deviation to normalise with: a data set's, or "
                         "measured on --data", choices=(*STATS, "measure"))
@@ -979,8 +979,9 @@ def fill(module, tensors, path):
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise UsageError(f"{path}: {said[:400]}; sizes must be what it was made with") from None
+        said = " ".join(str(error).split())  # begins "Error(s) in loading state_dict for EAT: "
+        raise UsageError(f"{path}: {said[said.find(':') + 2 :][:400]} ...; --init, --dim, --depth "
+                         "must be what it was made with") from None
     return module
 
 
@@ -1114,7 +1115,7 @@ def read_hugging_face(path):
     settings = {**config, "target_length": config.get("img_size", [None])[0]}
     tensors = {name: x.float() for name, x in safetensors.torch.load_file(file).items()}
     state = translate(tensors, {}, settings)
-    state["reading"] = config.get("reading", "CLS")
+    state["head_reads"] = config.get("head_reads", "CLS")
     if "classes" in state and "id2label" in config:
         state["classes"] = [config["id2label"][k] for k in state["classes"]]
         state["multi_label"] = config.get("problem_type") == "multi_label_classification"
@@ -1144,7 +1145,7 @@ def export(checkpoint, target, note=""):
         "num_classes": len(classes) if classes else 527,
         # The release's files say the sizes and norm_eps alone, and not what the head reads.
         **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
-        "reading": state.get("reading", "CLS"),
+        "head_reads": state.get("head_reads", "CLS"),
     }
     if classes:
         kind = "multi" if state["multi_label"] else "single"
@@ -1218,9 +1219,9 @@ def bench(**given):
           FlopCounterMode(display=False, custom_mapping=formula) as counter):
         EAT(config)(torch.empty(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
-    sound = types.SimpleNamespace(read=random_clip)
+    sound = types.SimpleNamespace(packed=True, read=random_clip)
     clips = Clips(sound, config.frames, np.zeros(10**6, int))
-    recipe.log_every = math.ceil(recipe.steps / 2)
+    recipe.log_every, recipe.save_every = math.ceil(recipe.steps / 2), recipe.steps
     line = train(config, recipe, clips, machine, saving=False)
     taken = 1 / line["steps_per_second"]  # in the second half: the first has compiling in it
     found = {"machine": str(machine), "torch": torch.__version__, "seconds_per_step": taken,

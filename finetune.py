@@ -73,7 +73,7 @@ def load_classifier(path):
     if "classes" not in state:
         raise UsageError(f"{path}: an encoder without a classifier; fine-tune it first")
     encoder = Encoder(EATConfig(**state["config"]))
-    model = Classifier(encoder, state["classes"], reading=state.get("reading", "CLS"))
+    model = Classifier(encoder, state["classes"], reading=state.get("head_reads", "CLS"))
     model.multi_label = state["multi_label"]
     return eat.fill(model, state["model"], path).eval()
 
@@ -367,7 +367,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
                                   data.classes, data.multi_label)
             state = {"config": vars(config), "recipe": vars(recipe), "model": model.state_dict(),
                      "classes": data.classes, "multi_label": data.multi_label, "start": start,
-                     "reading": recipe.reading, "step": recipe.steps, "done": done,
+                     "head_reads": recipe.reading, "step": recipe.steps, "done": done,
                      "skipped": data.clips.skipped}
             eat.save_checkpoint(recipe.out, state, must=data.folds.keys() <= done.keys())
             note = f" ({done[fold]['note']})" if done[fold]["note"] else ""

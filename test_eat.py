@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ import time
 import tracemalloc
 import types
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -262,6 +264,19 @@ def test_a_run_goes_on_from_a_fairseq_file(sounds, tmp_path):
 # ---- eat.py: the parts ---------------------------------------------------------------------------
 
 
+def test_masked_patches_never_reach_the_student():
+    model, x = EAT(small()), torch.randn(3, 1, 64, 128)
+    mask = model.draw_mask(3, (4, 8))
+    keep = eat.visible_patches(mask, model.config.visible)
+    tokens = model.student(x, keep).view(3, 2, -1, 32)
+    assert tokens.shape[2] == 1 + model.config.visible
+    hidden = mask[:, 1].view(3, 1, 4, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    changed = torch.where(hidden, torch.randn_like(x), x)
+    other = model.student(changed, keep).view(3, 2, -1, 32)
+    torch.testing.assert_close(other[:, 1], tokens[:, 1])
+    assert not torch.allclose(other[:, 0], tokens[:, 0])
+
+
 def test_the_decoder_gets_noise_at_masked_places_only():
     model, keep = EAT(small(mask_noise_std=0.5, clones=1)), torch.tensor([[[1, 5, 9, 13, 17, 31]]])
     model.decoder, tokens = torch.nn.Identity(), torch.full((1, 6, 32), 7.0)
@@ -378,7 +393,7 @@ class Waves:
     """A source of as many clips of noise as asked for. The batches of two whose numbers are `loud`
     (in the order of reading, from 0) are loud beyond all measure."""
 
-    skipped = {}
+    packed, skipped = False, {}
 
     def __init__(self, loud=(), size=8):
         self.loud, self.read_so_far = loud, 0
@@ -1099,11 +1114,22 @@ class Stranger:
     pass
 
 
+class HugeStorage(pickle.Pickler):
+    """A Stranger becomes a tensor that claims more elements than its bytes hold."""
+
+    def persistent_id(self, thing):
+        if type(thing) is Stranger:
+            return ("storage", torch.FloatStorage, "0", "cpu", 10**12)
+
+
+REBUILD, STORAGE = torch._utils._rebuild_tensor_v2, torch.FloatStorage(4)
 HOSTILE = {
     "os.system": Calls(os.system, "touch ran"), "eval": Calls(eval, "open('ran', 'w')"),
     "getattr": Calls(getattr, "x", "upper"), "process": Calls(subprocess.Popen, ["touch", "ran"]),
-    "beyond its storage": Calls(torch._utils._rebuild_tensor_v2, torch.FloatStorage(4), 0, (5,),
-                                (1,), False, {}),
+    "nested": None, "numpy": Calls(np.load, "ran"), "huge storage": None,
+    "reach beyond": Calls(REBUILD, STORAGE, 0, (5,), (1,), False, {}),
+    "negative stride": Calls(REBUILD, STORAGE, 3, (4,), (-1,), False, {}),
+    "wrong storage": Calls(REBUILD, "no storage", 0, (4,), (1,), False, {}),
 }
 
 
@@ -1111,10 +1137,21 @@ HOSTILE = {
 @pytest.mark.parametrize("place", ["cfg", "model", "config"])
 def test_no_code_in_a_checkpoint_runs(kind, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"x": torch.zeros(2)}, place: HOSTILE[kind]}, "evil.pt")
+    evil, buffer, ran = HOSTILE[kind], io.BytesIO(), []
+    if kind == "nested":
+        torch.save(Calls(os.system, "touch ran"), buffer)
+        evil = Calls(torch.storage._load_from_bytes, buffer.getvalue())
+    if kind == "huge storage":
+        HugeStorage(buffer, 2).dump({"cfg": None, "model": {"x": Stranger()}})
+        with zipfile.ZipFile("evil.pt", "w") as archive:
+            archive.writestr("x/data.pkl", buffer.getvalue())
+            archive.writestr("x/data/0", b"\0" * 16)
+    else:
+        torch.save({"model": {"x": torch.zeros(2)}, place: evil}, "evil.pt")
+    monkeypatch.setattr(os, "system", ran.append)
     with pytest.raises(UsageError, match=r"evil\.pt[^\n]*\Z"):
         eat.load_encoder("evil.pt")
-    assert os.listdir() == ["evil.pt"]
+    assert not ran and os.listdir() == ["evil.pt"]
 
 
 def test_unknown_classes_become_stand_ins_that_keep_their_state(tmp_path):
@@ -1421,13 +1458,12 @@ def test_unusable_clips_give_way_to_others_and_are_named(tmp_path):
     assert len(batch.waveforms) == 0 and len(batch.skipped) == 4
 
 
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("damage, lost", [("cut off", range(7, 16)), ("not finite", (5, 15)),
+@pytest.mark.parametrize("damage, lost", [("cut off", range(7, 17)), ("not finite", (5, 16)),
                                           ("a hole", (4, 5))])
-def test_damage_costs_the_clips_it_is_in(damage, lost, order, tmp_path):
-    sound, path = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000), tmp_path / "a.flac"
+def test_damage_costs_the_clips_it_is_in(damage, lost, tmp_path):
+    sound, path = np.random.default_rng(0).uniform(-0.5, 0.5, 170_000), tmp_path / "a.flac"
     if damage == "not finite":
-        sound[[60_000, 159_999]] = np.nan
+        sound[[60_000, 169_999]] = np.nan
         path = tmp_path / "a.wav"
     write(path, sound, kind="FLOAT" if damage == "not finite" else None)
     content = path.read_bytes()
@@ -1437,8 +1473,8 @@ def test_damage_costs_the_clips_it_is_in(damage, lost, order, tmp_path):
         hole = len(content) * 5 // 16
         path.write_bytes(content[:hole] + bytes(2000) + content[hole + 2000 :])
     clips = open_clips(str(tmp_path), 64)
-    numbers = [clips[[number]].numbers.item() for number in range(16)[::order]][::order]
-    assert set(numbers) == set(range(16)) - set(lost)
+    numbers = [clips[[number]].numbers.item() for number in range(17)]
+    assert set(numbers) == set(range(17)) - set(lost)
     assert all(number == k for k, number in enumerate(numbers) if k not in lost)
 
 
@@ -1506,6 +1542,17 @@ def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
     # One of them is scaled, so all are floats.
     mixed, wanted = (x[[0, 3]].waveforms for x in (clips, files))
     torch.testing.assert_close(mixed, wanted, atol=3 / 32768, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_a_pack_is_read_by_the_process_itself_but_for_a_card_by_workers(several, tmp_path):
+    pack(several, tmp_path / "pack")
+    clips, batches, found = open_clips(str(tmp_path / "pack"), 128), [[1, 0], [2, 3]], []
+    for device in ("cpu", "cuda"):
+        with data.loading(clips, batches, 2, torch.device(device)) as loader:
+            found.append([batch.waveforms.clone() for batch in loader])
+            assert len(getattr(loader, "_workers", [])) == (2 if device == "cuda" else 0)
+    assert all(map(torch.equal, *found))
 
 
 def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, capsys):
@@ -2271,6 +2318,24 @@ def test_a_run_goes_on_without_its_output(sounds, whole_run, tmp_path):
         assert same_runs(tmp_path / str(k), whole_run)
     notebook = "import data, io, sys; sys.stdout = io.StringIO(); data.run('a notebook', list)"
     assert "rror" not in end_of(start("-c", notebook), 0)
+
+
+def test_fine_tuning_saves_a_fold_before_it_speaks_of_it(esc, start_from, tmp_path, monkeypatch):
+    def silent(*texts, **_):
+        if texts[0].startswith("fold 1"):
+            raise BrokenPipeError("nobody listens")
+
+    monkeypatch.setattr("builtins.print", silent)
+    assert fine(esc, tmp_path, start_from) == 1
+    assert list(torch.load(tmp_path / "last.pt")["done"]) == ["fold 1"]
+
+
+def test_what_does_not_divide_is_refused_before_workers_start(sounds, whole_run, tmp_path, capsys):
+    out = shutil.copytree(whole_run, tmp_path / "out")
+    for run in (flags(sounds, out, "--resume", "--accumulate=3", "--workers=2"),
+                ["bench", "--batch-size=3", "--accumulate=2", *SMALL_FLAGS]):
+        refused(eat.main, run, "must be a multiple of", capsys)
+    assert not multiprocessing.active_children()
 
 
 @linux
