@@ -41,7 +41,7 @@ from tqdm import tqdm
 # These are for the recipe and what follows it. The model needs torch alone.
 from data import (STATS, Clips, Parser, RunStopped, UsageError, count_frames, describe_skipped,
                   loading, lock, loudness, make_folder, measure_stats, open_clips, open_labelled,
-                  part_size, run, seed_of, shares, shuffled, spectrogram)
+                  run, seed_of, shares, shuffled, spectrogram)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -1336,8 +1336,7 @@ def settle(given, machine, resumed=None):
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
         config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
     values.setdefault("accumulate", choose_parts(recipe.batch_size, config, machine))
-    part_size(recipe.batch_size, values["accumulate"] * machine.world)
-    labelled = open_probe(recipe, config)  # mistakes are told before a trial
+    labelled = open_probe(recipe, config)  # a mistake there is told before a trial
     if "steps" not in given and (recipe.hours or "steps" not in values):
         values["steps"] = choose_steps(settings(Recipe, values), config, clips, machine)
     return config, settings(Recipe, values), clips, labelled

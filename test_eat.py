@@ -186,6 +186,20 @@ def test_losses_and_gradients_equal_the_release(device, precision, compile, near
     assert norms == pytest.approx(GRADIENT_NORMS, rel=near_gradient, abs=nearly_none)
 
 
+def test_targets_and_tokens_equal_the_release(formula):
+    model, x, mask = formula
+    targets, tokens = model.targets(x), model.student(x)
+    # Some channels vary by 5e-4 only: normalising them magnifies float32's rounding.
+    for got, want, within in (
+        (targets[0, 0, :4], [-1.0623108, -0.4307056, 0.5188150, 0.9966463], 2e-4),
+        (targets[1, 100, 60:], [-1.5293593, -1.2909735, -0.1522195, 0.4014070], 2e-4),
+        (tokens[0, 0, :4], [-1.3777491, -1.1289545, -0.7422174, -0.1943505], 5e-6),
+        (tokens[1, 77, :4], [-0.4975727, 0.8869479, 0.5765868, -0.2733991], 5e-6),
+        (tokens.abs().mean(), 0.82830022, 5e-6),
+    ):
+        torch.testing.assert_close(got, torch.tensor(want), atol=within, rtol=0)
+
+
 def test_targets_of_the_last_blocks():
     """They are, up to the last norm, the mean of what each block contributes alone."""
     torch.manual_seed(0)
@@ -203,8 +217,16 @@ def test_targets_of_the_last_blocks():
     assert not model.train().teacher.training  # whatever the student does
 
 
-def test_each_loss_has_its_weight():
-    losses = EAT(small(frame_weight=2.0, utterance_weight=3.0))(torch.randn(2, 1, 64, 128))
+def test_each_loss_has_its_weight_and_can_be_had_alone():
+    x = torch.randn(2, 1, 64, 128)
+    for off, alone, factor in (("frame_weight", "utterance_loss", 3),
+                               ("utterance_weight", "frame_loss", 1)):
+        model = EAT(small(**{"utterance_weight": 3.0, off: 0.0}))
+        losses = model(x)
+        assert losses["loss"].item() == pytest.approx(factor * losses[alone].item())
+        losses["loss"].backward()
+        assert model.decoder.proj.weight.grad.any() == (alone == "frame_loss")
+    losses = EAT(small(frame_weight=2.0, utterance_weight=3.0))(x)
     wanted = 2 * losses["frame_loss"] + 3 * losses["utterance_loss"]
     torch.testing.assert_close(losses["loss"], wanted)
 
@@ -262,6 +284,16 @@ def test_a_run_goes_on_from_a_fairseq_file(sounds, tmp_path):
 
 
 # ---- eat.py: the parts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device, near", [("cpu", 1e-5), pytest.param("cuda", 1e-4, marks=cuda)])
+def test_a_clip_longer_or_shorter_than_the_table_gets_the_same_positions(device, near):
+    short, long = Encoder(small(frames=32)), Encoder(small(frames=128))
+    long.load_state_dict(short.state_dict())
+    x = torch.randn(2, 1, 96, 128)
+    for encoder in (short, long):
+        found = copy.deepcopy(encoder).to(device)(x.to(device)).cpu()
+        torch.testing.assert_close(found, short(x), atol=near, rtol=near)
 
 
 def test_masked_patches_never_reach_the_student():
@@ -814,31 +846,37 @@ BAD_INPUT = {
         ("--out={run}", "--resume"), ("--out={run} --resume --lr=0.5", "--lr 0.5"),
         ("--out={tuned} --resume", "not a run of"), ("--init={run}/lost.pt", "no such file"),
         ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
-        ("--mask-ratio=0.999", "some of the 32 patches visible"),
+        ("--mask-ratio=0.999", "some of the 32 patches visible"), ("--lr=-1", "lr (-1.0)"),
         ("--init={last} --dim=64", "size mismatch for student.cls"),
         ("--beta2=1", "beta2 (1.0) must be a number of at least 0, at most 0.9999"),
+        ("--mask-ratio=nan", "mask_ratio (nan)"), ("--mask-ratio=1", "mask_ratio (1.0)"),
         ("--mask-ratio=0", "mask_ratio (0.0)"), ("--mask-block=4", "mask_block (4) must be odd"),
-        ("--std=0", "std (0.0)"), ("--norm-eps=nan", "norm_eps (nan)"),
-        ("--dim=36", "decoder_groups (16)"),
+        ("--std=0", "std (0.0)"), ("--norm-eps=nan", "norm_eps (nan)"), ("--heads=0", "heads (0)"),
+        ("--dim=36", "decoder_groups (16)"), ("--workers=-1", "workers (-1)"),
         ("--steps=0", "steps (0) must be a number of at least 1"), ("--stepz=3", "--stepz=3"),
         ("--preset=bsae", "--preset: invalid choice: 'bsae'"),
         ("plot {empty}", "log.jsonl: no log"),
-        ("export {last} {last}", "expected a folder"),
+        ("export {last} {last}", "expected a folder"), ("bench --frames=100", "multiple of 16"),
         ("export {last} {last}/x.safetensors", "expected a folder")],
     "data": [
-        ("pack {empty} {empty}/pack --workers=-1", "invalid choice")],
+        ("pack {empty} {empty}/pack --workers=-1", "invalid choice"),
+        ("pack x.wav y --sede=1", "--sede=1")],
     "finetune": [
-        ("--data=nowhere", "no such folder"), ("--fold=9", "--fold 9"),
-        ("embed demo --checkpoint={last}", "has no files"),
+        ("--stepz=3", "--stepz=3"), ("--data=nowhere", "no such folder"),
+        ("--fold=9", "--fold 9"), ("--checkpoint=nowhere.pt", "no such file"),
+        ("--drop-path=1", "drop_path (1.0)"), ("embed demo --checkpoint={last}", "has no files"),
         ("--checkpoint={broken}/a.wav", "a.wav: not a whole checkpoint"),
         ("--out={run} --resume", "not a run of"), ("--weighted", "sampling weights"),
+        ("--out={tuned} --resume --lr=0.5", "--lr 0.5"),
         ("--batch-size=5 --accumulate=2", "multiple"), ("--shots=1", "--shots 1"),
-        ("--mode=linear --shots=0,x", "--shots 0,x"),
+        ("--mode=linear --shots=0,x", "--shots 0,x"), ("look nowhere.wav", "no such file"),
         ("look demo --out={empty}/a.xyz", "Format 'xyz' is not supported"),
         ("look demo --out=/dev/null/x.png", "expected a folder"),
+        ("predict a.wav --checkpoint={tuned}/last.pt --every=1e307", "at most a million"),
         ("look demo --seed=x", "invalid int value"),
         ("embed {empty} --checkpoint={last} --workers=-1", "at least 0"),
         ("embed a.wav --checkpoint={last} --out={last}/x.npz", "expected a folder"),
+        ("embed nowhere --checkpoint={last}", "no such file or folder"),
         ("predict {empty} --checkpoint={last} --top=0", "--top 0: must be above 0"),
         ("predict {empty} --checkpoint={last} --every=nan", "must be above 0"),
         ("predict {empty} --checkpoint={last}", "without a classifier"),
@@ -1013,6 +1051,24 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(sounds, whole_run, tmp
     refused(eat.main, flags(sounds, tmp_path, "--resume"), "not a whole checkpoint", capsys)
 
 
+def test_no_flipped_bit_goes_unnoticed(whole_run, tmp_path):
+    content, rng = (whole_run / "last.pt").read_bytes(), np.random.default_rng(0)
+    whole, noticed = eat.read_checkpoint(whole_run / "last.pt"), 0
+    for place in rng.integers(len(content), size=100):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(8)
+        (tmp_path / "flipped.pt").write_bytes(flipped)
+        try:
+            state = eat.read_checkpoint(tmp_path / "flipped.pt")
+        except UsageError:
+            noticed += 1
+            continue
+        assert state["config"] == whole["config"] and state["step"] == whole["step"]
+        for name, tensor in whole["model"].items():  # it was padding
+            assert torch.equal(state["model"][name], tensor)
+    assert noticed > 50
+
+
 # ---- eat.py: checkpoints -------------------------------------------------------------------------
 
 
@@ -1100,6 +1156,15 @@ def test_absurd_sizes_are_refused_before_memory_is_asked_for(wrong, whole_run, t
         eat.load_encoder(tmp_path)
 
 
+def test_what_does_not_fit_is_named(whole_run, tmp_path):
+    state = torch.load(whole_run / "last.pt", weights_only=True)
+    state["model"] |= {"student.extra": torch.zeros(1), "student.pre_norm.weight": torch.zeros(5)}
+    del state["model"]["student.cls"]
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UsageError, match='Missing.*"cls".*Unexpected.*"extra".*pre_norm.weight'):
+        eat.load_encoder(tmp_path / "x.pt")
+
+
 class Calls:
     """Pickles as a call of `function`."""
 
@@ -1154,6 +1219,19 @@ def test_no_code_in_a_checkpoint_runs(kind, place, tmp_path, monkeypatch):
     assert not ran and os.listdir() == ["evil.pt"]
 
 
+def test_a_head_of_an_earlier_version_is_refused(tuned, tmp_path):
+    """It did not weigh time by loudness, and would say something else now."""
+    state = eat.read_checkpoint(tuned / "last.pt")
+    model = Classifier(Encoder(EATConfig(**state["config"])), state["classes"], reading="patches")
+    state["model"] = model.state_dict()
+    torch.save({**state, "head_reads": "patches"}, tmp_path / "new.pt")
+    assert finetune.load_classifier(tmp_path / "new.pt").reading == "patches"
+    del state["head_reads"]
+    torch.save({**state, "reading": "patches", "by_loudness": None}, tmp_path / "old.pt")
+    with pytest.raises(UsageError, match="size mismatch for fc_norm"):
+        finetune.load_classifier(tmp_path / "old.pt")
+
+
 def test_unknown_classes_become_stand_ins_that_keep_their_state(tmp_path):
     stranger = Stranger()
     stranger.rate, stranger.kind = 0.5, {"a": [1, 2]}
@@ -1202,6 +1280,17 @@ def test_features_leave_the_padding_out_and_equal_a_slow_version():
             x = spectrogram(wave[None], lengths[k, None], count * 16, config.mean, config.std)
             for name, value in slow_reading(encoder, x)[1].items():
                 torch.testing.assert_close(found[name][k], value, atol=1e-5, rtol=1e-4)
+
+
+def test_loudness_by_hand():
+    """Ten times the power is 1.995 times as loud; padding is not heard, however loud it is."""
+    std, x = 2.0, torch.zeros(2, 1, 64, 128)
+    x[:, :, 16:32] = math.log(10) / (2 * std)
+    x[:, :, 48:] = 100.0
+    found = data.loudness(x, std, torch.tensor([2, 3]), 16)
+    loud = 10**0.3
+    wanted = torch.tensor([[1, loud, 0, 0], [1, loud, 1, 0]])
+    torch.testing.assert_close(found, wanted / wanted.sum(1, keepdim=True))
 
 
 def test_nearest_neighbours_by_hand():
@@ -2442,15 +2531,21 @@ def test_open_files_do_not_grow_with_the_clips():
 
 
 def test_a_run_goes_on_with_other_files_and_says_so(sounds, tmp_path, capsys):
-    folder, out = shutil.copytree(sounds, tmp_path / "sounds"), tmp_path / "out"
-    assert eat.main(flags(folder, out, "--save-every=3")) == 0
-    os.replace(out / "previous.pt", out / "last.pt")
-    (folder / "03.wav").unlink()
-    capsys.readouterr()
-    assert eat.main(flags(folder, out, "--resume")) == 0
-    said = capsys.readouterr().err
-    assert said.count("warning") == 1 and "began with 26 clips, and now has 24" in said
-    assert [line["step"] for line in logged(out)] == list(range(1, 9)) and weights(out)[0] == 8
+    for change in ("added", "removed"):
+        folder, out = shutil.copytree(sounds, tmp_path / change), tmp_path / f"out {change}"
+        assert eat.main(flags(folder, out, "--save-every=3")) == 0
+        os.replace(out / "previous.pt", out / "last.pt")
+        if change == "added":
+            tone(folder / "more.wav")
+        else:
+            (folder / "03.wav").unlink()
+        capsys.readouterr()
+        assert eat.main(flags(folder, out, "--resume")) == 0
+        said = capsys.readouterr().err
+        assert said.count("warning") == 1 and "the run began with 26 clips, and now has" in said
+        assert ("now has 24" in said) == (change == "removed")
+        assert [line["step"] for line in logged(out)] == list(range(1, 9))
+        assert weights(out)[0] == 8
 
 
 # ---- CUDA, as far as it goes without a card ------------------------------------------------------
@@ -2498,12 +2593,14 @@ def counted(model):
     return torch.compile(model, backend=counter, fullgraph=True, dynamic=False), counter
 
 
-def test_pre_training_is_one_graph_that_is_compiled_once():
+@pytest.mark.parametrize("drawn", [False, True], ids=["mask given", "mask drawn inside"])
+def test_pre_training_is_one_graph_that_is_compiled_once(drawn):
     model = EAT(small())
     net, counter = counted(model)
     for _ in range(5):
+        mask = None if drawn else model.draw_mask(2, (4, 8))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = net(torch.randn(2, 1, 64, 128), model.draw_mask(2, (4, 8)))["loss"]
+            loss = net(torch.randn(2, 1, 64, 128), mask)["loss"]
         loss.backward()
         model.update_teacher(0.9)
     assert counter.frame_count == 1
@@ -2704,12 +2801,16 @@ def test_attention_on_a_card_is_a_flash_kernel():
         assert len(attention) >= 2, names
 
 
-@pytest.mark.parametrize("kernel, dtype, near", [
-    (3, torch.float64, 1e-12), (5, torch.float64, 1e-12), (3, torch.bfloat16, 0.01)])
-def test_the_dense_convolution_equals_the_grouped_one(kernel, dtype, near):
+@pytest.mark.parametrize("device, size, kernel, dtype, near", [
+    ("cpu", (2, 4, 8, 64), 3, torch.float64, 1e-12),
+    ("cpu", (2, 4, 8, 64), 5, torch.float64, 1e-12),
+    ("cpu", (2, 4, 8, 64), 3, torch.bfloat16, 0.01),
+    pytest.param("cuda", (192, 64, 8, 768), 3, torch.bfloat16, 0.02, marks=cuda)])
+def test_the_dense_convolution_equals_the_grouped_one(device, size, kernel, dtype, near):
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(64, 64, kernel, padding=kernel // 2, groups=16).to(dtype=dtype)
-    x = torch.randn(2, 4, 8, 64, dtype=dtype, requires_grad=True)
+    conv = torch.nn.Conv2d(size[3], size[3], kernel, padding=kernel // 2, groups=16)
+    conv.to(device, dtype)
+    x = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
     wanted, up, found = (x, *conv.parameters()), torch.randn_like(x), []
     for y in (eat.dense_convolution(x, conv), conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)):
         found.append(joined([y, *torch.autograd.grad(y, wanted, up)]).double())
