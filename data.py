@@ -213,7 +213,10 @@ def measure_stats(clips, most=1000):
     if not count:
         raise AudioError(clips.name(0), "neither it nor any other clip can be used")
     mean = total / count
-    return round(mean, 4), round(math.sqrt(squares / count - mean**2), 4)
+    std = round(math.sqrt(max(0.0, squares / count - mean**2)), 4)
+    if not std:
+        raise AudioError(clips.name(0), "it and all other clips are too quiet to learn from")
+    return round(mean, 4), std
 
 # ---- Clips, their order, and batches of them -----------------------------------------------------
 
@@ -260,7 +263,7 @@ class Clips(Dataset):
             raise AudioError(self.name(number), "shorter than a window of 25 ms")
         low, high = waveform.aminmax()
         if self.replace and high.item() - low.item() < 2e-5:  # the release keeps silence
-            raise AudioError(self.name(number), "silent")
+            raise AudioError(self.name(number), "a clip of it is silent")
         return waveform
 
     def __getitem__(self, numbers):
@@ -352,6 +355,10 @@ class SoundFiles:
         return shared(samples), unit, None
 
 
+def _warn(error):
+    print(f"skipped  {printable(error.filename)}: {error.strerror}", file=sys.stderr)
+
+
 def find_audio(path):
     """The sound files that `path` stands for: a folder, searched recursively, and sorted; a sound
     file; or a list, a path a line, or the release's manifest (first line the root folder, then
@@ -361,7 +368,7 @@ def find_audio(path):
                                "or a list of files")
     if os.path.isdir(path):
         found, seen = [], set()
-        for folder, below, names in os.walk(path, followlinks=True):
+        for folder, below, names in os.walk(path, onerror=_warn, followlinks=True):
             real = os.path.realpath(folder)
             if real in seen:  # links may lead in circles
                 below.clear()

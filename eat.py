@@ -18,6 +18,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import datetime
 import importlib.util
 import json
 import math
@@ -89,7 +90,7 @@ class EATConfig:
     frame_weight: float = option(1.0, "weight of the frame loss (the release has none)")
     target_blocks: int = option(None, "make targets of this many last blocks; default: of all")
     frames: int = option(1024, "length T of a clip, in frames of 10 ms; a multiple of 16")
-    mean: float = option(-4.268, "mean of the log-mel spectrogram", least=-math.inf)
+    mean: float = option(-4.268, "mean of the log-mel spectrogram", least=-sys.float_info.max)
     std: float = option(4.569, "standard deviation of the log-mel spectrogram", least=1e-6)
 
     def __post_init__(self):
@@ -516,7 +517,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
     rows = []  # of the losses and the gradient's norm, a step each, until they are logged
     log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
-    if labelled and not resumed and machine.rank == 0:
+    # Before the first step; and where a run was killed after its last one, but before its probe.
+    if labelled and step in (0, recipe.steps) and machine.rank == 0:
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
@@ -560,10 +562,9 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
             bad_in_a_row = torch.where(norm.isfinite(), 0, bad_in_a_row + 1)  # on the device
             rows.append(torch.cat([torch.stack(losses).mean(0), norm[None]]))
             finished, save_due = step == recipe.steps, step % recipe.save_every == 0
-            log_due = finished or save_due or step % recipe.log_every == 0
-            # One process stops after any step. Several must agree on it, and ask when they log.
-            if log_due or machine.world == 1:
-                stop = int(machine.reduce(max(caught, default=0), "MAX"))
+            probe_due = finished or step % (recipe.probe_every or recipe.steps) == 0
+            log_due = save_due or probe_due or step % recipe.log_every == 0
+            stop = int(machine.reduce(max(caught, default=0), "MAX"))  # all processes, or none
             if log_due or stop:  # here the host waits for the device
                 line = log.write(step, (*found, "grad_norm"), rows, lr=recipe.learning_rate(step),
                                  teacher_decay=recipe.teacher_decay(step))
@@ -571,7 +572,6 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 check_health(line, int(bad_in_a_row), config, recipe, machine)  # before saving
                 if finished or stop or (save_due and not bad_in_a_row):
                     save(must=finished or stop)
-            probe_due = finished or step % (recipe.probe_every or recipe.steps) == 0
             if labelled and probe_due and machine.rank == 0:
                 log.probed(step, probe(model.student, labelled, machine))
     if step < recipe.steps:
@@ -717,7 +717,9 @@ class Machine:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))  # on this machine
             self.workers = min(8, max(1, os.cpu_count() // processes - 1))
         if self.world > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if cuda else "gloo")
+            # Others wait while the first one probes. (Gloo is for numbers on the host.)
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                                 timeout=datetime.timedelta(hours=4))
 
     def __str__(self):
         cuda = self.device.type == "cuda"
@@ -764,10 +766,11 @@ class Machine:
         return int(self.reduce(mine, "MIN"))
 
     def reduce(self, value, how="SUM"):
-        """A tensor's (or number's) sum, or "MAX" or "MIN", over the processes."""
+        """A tensor's (or number's) sum, or "MAX" or "MIN", over the processes. For a number no host
+        waits for its card."""
         if self.world == 1:
             return value
-        value = torch.as_tensor(value, device=self.device)
+        value = torch.as_tensor(value)
         torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, how))
         return value
 
@@ -950,7 +953,7 @@ def read_checkpoint(path):
         else:
             with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not read them
                 if archive.testzip():
-                    raise ValueError("damaged: its checksums do not fit")
+                    raise zipfile.BadZipFile("a checksum does not fit")
             state = load_inert(path)
             if "config" not in state:
                 model = state["model"]
@@ -962,8 +965,11 @@ def read_checkpoint(path):
             raise ValueError("its config and its tensors differ in " + ", ".join(wrong))
         EATConfig(**state["config"])  # refuses what cannot be
     except Exception as error:  # damaged files fail in many ways, some in torch's many words
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise  # that is not the file's fault
         known = type(error) is ValueError
-        reason = str(error) if known else f"not a whole checkpoint ({type(error).__name__})"
+        reason = str(error) if known else (f"not a whole checkpoint ({type(error).__name__}); if "
+                                           "it is a run's last.pt, rename its previous.pt to that")
         raise UsageError(f"{path}: {reason}") from None
     return state
 
@@ -1258,20 +1264,12 @@ def resume(given, own):
     """The newest checkpoint of the run in --out, which goes on as it began; None where there is no
     run. `own` is what only this program's checkpoints have."""
     out, paths = given["out"], find_checkpoints(given["out"])
-    if not paths:
+    if not paths and not os.path.exists(os.path.join(out, "results.json")):
         return None
-    if not given.get("resume"):
-        raise UsageError(f"{out} holds a run already: --resume goes on with it, another --out "
-                         "starts beside it")
-    try:
-        state = read_checkpoint(paths[0])
-    except UsageError as error:
-        if len(paths) == 1:
-            raise
-        state = read_checkpoint(paths[1])
-        print(f"warning  {error}; going on from {paths[1]}", file=sys.stderr)
-        with contextlib.suppress(FileNotFoundError):  # another process of the run was quicker
-            os.replace(paths[0], os.path.join(out, "damaged.pt"))  # not to become previous.pt
+    if not paths or not given.get("resume"):
+        raise UsageError(f"{out} holds a run already: --resume goes on with one that can be "
+                         "trained on, another --out starts beside it")
+    state = read_checkpoint(paths[0])
     if own not in state:
         raise UsageError(f"{out}: not a run of this program")
     known = {**state["config"], **state["recipe"]}
@@ -1329,6 +1327,8 @@ def settle(given, machine, resumed=None):
     preset = given.get("preset") or choose_preset(given, machine)
     values = {**RECIPES.get(preset, {}), **given, "preset": preset}
     recipe = settings(Recipe, values)  # refuses what cannot be, before anything is read
+    if recipe.hours and "steps" in given:
+        raise UsageError("--hours and --steps: one of them decides how long to train")
     sizes = read_checkpoint(given["init"])["config"] if "init" in given else PRESETS[preset]
     config = settings(EATConfig, sizes, given)
     clips = open_clips(recipe.data, config.frames, recipe.seed, training=True)

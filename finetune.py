@@ -124,7 +124,8 @@ class FineTune:
     weighted: bool = option(False, "draw 200,000 clips an epoch by their sampling weights")
     neighbours: int = option(10, "k of --mode knn")
     l2: float = option(None, "--mode linear: penalty l2 / 2 * |w|^2 beside the summed loss; "
-                       "default: the best of 1, 10, 100, 1000 on a quarter of the training clips")
+                       "default: the best of 1, 10, 100, 1000 on a quarter of the training clips",
+                       least=1e-6)
     seed: int = option(0, "of random weights, data order, augmentation, held-out clips", least=0)
     log_every: int = option(10, "steps between lines of log.jsonl")
 
@@ -551,7 +552,8 @@ def read_files(model, config, path, machine, read, every=None, average=False):
     if every:  # each looks at twice its time, so that an event on an edge is whole in one of them
         hop, least = every * SAMPLE_RATE, 1
         frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
-        config = dataclasses.replace(config, frames=min(config.frames, frames))
+        config = dataclasses.replace(config, frames=min(config.frames, frames),
+                                     mask_ratio=EATConfig.mask_ratio)  # which no short clip refuses
     clips = open_clips(path, config.frames)
     clips.replace = False
     lengths = clips.source.lengths
@@ -643,6 +645,8 @@ def embed(args):
     every 0.16 s."""
     encoder, machine = eat.load_encoder(args.checkpoint), eat.settings(Machine, vars(args))
     config, out = encoder.config, args.out.removesuffix(".npz") + ".npz"
+    if not args.frames:  # windows as long as probing has: means and deviations over 1 s say less
+        config = dataclasses.replace(config, frames=max(512, config.frames))
     make_folder(os.path.dirname(out) or ".")
     columns = collections.defaultdict(list)
     read = time_rows if args.frames else eat.read_features
@@ -796,8 +800,6 @@ def settle(given):
     out, resumed = given["out"], eat.resume(given, "start")
     if resumed:
         given = {**resumed["recipe"], **given}
-    elif os.path.exists(os.path.join(out, "results.json")):
-        raise UsageError(f"{out} holds results already: another --out starts beside them")
     asked = eat.settings(FineTune, given)  # refuses what cannot be, before the sound is looked for
     if not asked.data:
         raise UsageError("--data is missing: a labelled data set, or 'demo'")
@@ -825,7 +827,8 @@ def settle(given):
     if recipe.mode != "finetune" and recipe.checkpoint and "stats" not in given:
         recipe.stats = "checkpoint"
     mean, std = STATS.get(recipe.stats, (start.mean, start.std))
-    sound = {"frames": recipe.frames, "mean": mean, "std": std}
+    # Masks are not used here, and the default ratio fits clips of any length.
+    sound = {"frames": recipe.frames, "mean": mean, "std": std, "mask_ratio": EATConfig.mask_ratio}
     config = eat.settings(EATConfig, vars(start), sound)
     if recipe.frames != start.frames:
         data = open_labelled(recipe.data, recipe.frames, recipe.esc10, recipe.seed)
@@ -859,6 +862,8 @@ def train_or_probe(given):
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
           f"{config.std}{data.clips.advice()}", flush=True)
     with lock(recipe.out):
+        if not resumed:  # has another run come and gone since it was asked?
+            eat.resume({"out": recipe.out}, "start")
         if recipe.mode == "finetune":
             print(f"recipe   {recipe.recipe or 'as esc50'}: {recipe.steps:,} steps x "
                   f"{recipe.batch_size} clips a fold, learning rate {recipe.lr:.3g}, layer decay "
