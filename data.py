@@ -843,7 +843,8 @@ def run(program, job):
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name) or open(os.devnull, "w")
             if hasattr(stream, "reconfigure"):  # a notebook's has not
-                stream.reconfigure(errors="backslashreplace")  # names need not be in its encoding
+                # Names need not be in its encoding.
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
             # Not as attributes, which some streams hand on to another.
             vars(stream).update(write=harmless(stream.write), flush=harmless(stream.flush))
             setattr(sys, name, stream)

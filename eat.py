@@ -33,6 +33,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,8 +72,8 @@ def check_numbers(settings):
 class EATConfig:
     """What the model is. Every default is the release's, for its base model on AudioSet-2M."""
 
-    dim: int = option(768, "channels D of the encoder")
-    depth: int = option(12, "transformer blocks")
+    dim: int = option(768, "channels D of the encoder", most=2**14)
+    depth: int = option(12, "transformer blocks", most=2**14)
     heads: int = option(12, "attention heads")
     mlp_ratio: float = option(4.0, "hidden width of a block's MLP, in units of D")
     norm_eps: float = option(1e-6, "epsilon of the encoder's LayerNorms")
@@ -505,7 +506,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     if resumed:
         model.load_state_dict(resumed.pop("model"))  # and so its memory is given back
         optimizer.load_state_dict(resumed.pop("optimizer"))
-        machine.restore(scaler, resumed["scaler"])
+        interval = scaler.get_growth_interval()  # this machine's, whatever the run's was
+        scaler.load_state_dict({**resumed["scaler"], "growth_interval": interval})
         step = resumed["step"]
     elif recipe.init:
         start_from(model, recipe.init)
@@ -569,7 +571,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 line = log.write(step, (*found, "grad_norm"), rows, lr=recipe.learning_rate(step),
                                  teacher_decay=recipe.teacher_decay(step))
                 rows = []
-                check_health(line, int(bad_in_a_row), config, recipe, machine)  # before saving
+                check_health(line, int(bad_in_a_row), config, recipe)  # before saving
                 if finished or stop or (save_due and not bad_in_a_row):
                     save(must=finished or stop)
             if labelled and probe_due and machine.rank == 0:
@@ -688,8 +690,8 @@ class Machine:
 
     def __post_init__(self):
         check_numbers(self)
-        self.rank, self.world = (int(os.environ.get(name, default))
-                                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available() and self.device != "cpu"
         if not cuda and self.device == "cuda":
             raise ValueError("device cuda: torch finds no card, or the card's driver is too old")
@@ -716,7 +718,7 @@ class Machine:
         if self.workers is None:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))  # on this machine
             self.workers = min(8, max(1, os.cpu_count() // processes - 1))
-        if self.world > 1 and not torch.distributed.is_initialized():
+        if self.world > 1:
             # Others wait while the first one probes. (Gloo is for numbers on the host.)
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                                                  timeout=datetime.timedelta(hours=4))
@@ -738,27 +740,20 @@ class Machine:
             model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         if not self.compile:
             return model
-        # Forget earlier models: their CUDA graphs keep memory, and after eight torch gives up.
-        torch.compiler.reset()
+        torch.compiler.reset()  # earlier models' CUDA graphs keep memory; after 8 torch gives up
         # On one card the kernels are launched together, as CUDA graphs. One by one they kept the
         # host busy for 17 ms a step of tiny, and the card for 3.
         graphs = graphs and self.world == 1 and self.device.type == "cuda"
-        # Compiled outside DDP: torch then cuts the backward pass where DDP exchanges gradients, so
-        # that the exchange overlaps with the rest of the pass. All shapes are fixed.
+        # Compiled outside DDP, torch cuts the backward pass where DDP exchanges gradients, so that
+        # the exchange overlaps with the rest of the pass.
         return torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def scaler(self):
         """A GradScaler skips a step whose gradients are not finite, without the host's waiting to
-        know. That is wanted in any precision; a scale other than 1 in float16 alone."""
-        if self.dtype == torch.float16:
-            return torch.amp.GradScaler(self.device.type)
-        return torch.amp.GradScaler(self.device.type, init_scale=1.0, growth_interval=2**30,
-                                    backoff_factor=1 - 1e-9)  # in float32: 1
-
-    def restore(self, scaler, state):
-        """A run that goes on in another precision keeps nothing of its scaler."""
-        if state["growth_interval"] == scaler.get_growth_interval():
-            scaler.load_state_dict(state)
+        know. That is wanted in any precision. Its scale, a power of two, matters to float16 alone,
+        and grows back there alone."""
+        interval = 2000 if self.dtype == torch.float16 else 2**30
+        return torch.amp.GradScaler(self.device.type, growth_interval=interval)
 
     def memory(self):
         """Bytes of the smallest card of the run."""
@@ -820,7 +815,7 @@ class Log:
     def __init__(self, out, step, steps, machine, clips, name="step", keep=None):
         self.machine, self.clips = machine, clips
         self.path = os.path.join(out, "log.jsonl") if out and machine.rank == 0 else None
-        self.named, self.step, self.since = len(clips.skipped), step, time.perf_counter()
+        self.named, self.step, self.since = 0, step, time.perf_counter()
         terminal = sys.stderr.isatty()
         plain = "{l_bar}{n}/{total} {rate_fmt}, about {remaining} to go{postfix}\n"
         self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=machine.rank > 0,
@@ -852,10 +847,10 @@ class Log:
         new = dict(list(self.clips.skipped.items())[self.named :])
         if new:
             self.named += len(new)
-            self.say(f"skipped {self.named} so far; new: {describe_skipped(new)}")
+            tqdm.write(f"skipped {self.named} so far; new: {describe_skipped(new)}", sys.stderr)
         if line["not_finite"] and self.machine.rank == 0:
-            self.say(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
-                     "steps were not finite, and changed no weight of the student")
+            tqdm.write(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
+                       "steps were not finite, and changed no weight of the student", sys.stderr)
         self.step, self.since = step, time.perf_counter()
         return line
 
@@ -863,8 +858,7 @@ class Log:
         """A line with what the probe found, which goes to standard output too."""
         self.append({"step": step, **found})
         said = ", ".join(f"{k[4:].replace('_', ' ')} {value:.1%}" for k, value in found.items())
-        self.say(f"step {step:7,}: nearest neighbours find {said}", sys.stdout)
-        sys.stdout.flush()
+        tqdm.write(f"step {step:7,}: nearest neighbours find {said}")
         self.since = time.perf_counter()  # probing is no training
 
     def append(self, line):
@@ -875,19 +869,16 @@ class Log:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                self.say(f"{self.path}: {error.strerror}; line {line['step']} is lost")
-
-    def say(self, text, where=None):
-        self.bar.write(text, file=where or sys.stderr)
+                tqdm.write(f"{self.path}: {error.strerror}; line {line['step']} is lost",
+                           sys.stderr)
 
 
-def check_health(line, bad_in_a_row, config, recipe, machine):
+def check_health(line, bad_in_a_row, config, recipe):
     """Raise RunStopped where a run has gone wrong."""
     # Without a frame loss the decoder is not trained, and its predictions may fade.
     names = ("target_std", "prediction_std") if config.frame_weight else ("target_std",)
     spread = [line[name] for name in names if line.get(name) is not None]
-    # In float16 the GradScaler may need 16 such steps to come down to its scale.
-    if bad_in_a_row >= (26 if machine.dtype == torch.float16 else 10):
+    if bad_in_a_row >= 26:  # in float16 the GradScaler may need 16 to come down to its scale
         why = (f"the gradients were not finite {bad_in_a_row} times in a row. Try a lower --lr, "
                "and look for clips that are far too loud")
     elif spread and min(spread) < recipe.collapse_std:
@@ -896,8 +887,8 @@ def check_health(line, bad_in_a_row, config, recipe, machine):
                "--lr or a larger --batch-size")
     else:
         return
-    kept = next(iter(find_checkpoints(recipe.out)), "none")
-    raise RunStopped(f"stopped at step {line['step']}: {why}. The last good checkpoint: {kept}")
+    raise RunStopped(f"stopped at step {line['step']}: {why}. {recipe.out} has the last good "
+                     "checkpoint")
 
 
 def read_log(out):
@@ -926,10 +917,9 @@ def save_checkpoint(folder, state, must):
         with contextlib.suppress(OSError):
             os.remove(last + ".part")
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        kept = next(iter(find_checkpoints(folder)), "none yet")
-        text = f"could not save to {folder}: {reason}; the last good checkpoint: {kept}"
+        text = f"could not save to {folder}: {reason}; an earlier checkpoint is as it was"
         if must:
-            raise RunStopped(f"{text}. Mend that, and --resume goes on from there") from None
+            raise RunStopped(f"{text}. Mend that, and --resume goes on from it") from None
         print(f"{text}; going on, to try again at the next one", file=sys.stderr, flush=True)
 
 
@@ -958,11 +948,6 @@ def read_checkpoint(path):
             if "config" not in state:
                 model = state["model"]
                 state = translate(model, model.pop("_ema", {}), fairseq_settings(state.get("cfg")))
-        sizes = sizes_of(state["model"])
-        wrong = [name for name, size in sizes.items()
-                 if abs(state["config"][name] - size) * sizes["dim"] >= 1]  # a width is rounded
-        if wrong:
-            raise ValueError("its config and its tensors differ in " + ", ".join(wrong))
         EATConfig(**state["config"])  # refuses what cannot be
     except Exception as error:  # damaged files fail in many ways, some in torch's many words
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
@@ -1025,6 +1010,8 @@ FIELDS = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio
           "norm_eps": "norm_eps", "norm_mean": "mean", "norm_std": "std", "clone_batch": "clones",
           "target_length": "frames", "mask_prob": "mask_ratio", "mask_length": "mask_block",
           "mask_prob_adjust": "mask_adjust", "mask_noise_std": "mask_noise_std",
+          "decoder_layers": "decoder_layers", "decoder_kernel": "decoder_kernel",
+          "decoder_groups": "decoder_groups",
           "utterance_weight": "utterance_weight"}  # theirs: ours; the last is in our files alone
 POSITIONS = "fixed_positional_encoder.positions"  # computed here
 
@@ -1033,10 +1020,7 @@ class Stub:
     """Stands in for a class that nobody has: it keeps its state, and calls nothing."""
 
     def __init__(self, *arguments):
-        self.state = arguments
-
-    def __setstate__(self, state):
-        self.state = state
+        pass
 
 
 def load_inert(path):
@@ -1047,13 +1031,10 @@ def load_inert(path):
 
 
 def plain(value):
-    """Settings out of omegaconf's containers, as dicts, lists and values."""
+    """Settings out of omegaconf's containers, as dicts and values."""
     if isinstance(value, Stub):
-        state = value.state if isinstance(value.state, dict) else {}
-        return plain(state.get("_content", state.get("_val")))
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items() if isinstance(key, str)}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+        value = vars(value).get("_content", vars(value).get("_val"))
+    return {k: plain(x) for k, x in value.items()} if isinstance(value, dict) else value
 
 
 def our_name(name):
@@ -1064,33 +1045,22 @@ def our_name(name):
     return re.sub(r"^decoder\.blocks\.(\d+)\.0\.", r"decoder.convs.\1.", name)
 
 
-def sizes_of(model):
-    """What the shapes of a model's tensors tell of its EATConfig."""
-    encoder = encoder_of(model)
-    if "patches.proj.weight" not in encoder:
-        raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
-    D = len(encoder["patches.proj.weight"])
-    blocks = {name.split(".")[1] for name in encoder if name.startswith("blocks.")}
-    sizes = {"dim": D, "depth": len(blocks), "mlp_ratio": len(encoder["blocks.0.mlp.fc1.bias"]) / D}
-    if "decoder.convs.0.weight" in model:
-        _, width, kernel, _ = model["decoder.convs.0.weight"].shape
-        layers = sum(name.startswith("decoder.convs.") for name in model) // 2
-        sizes |= {"decoder_kernel": kernel, "decoder_groups": D // width, "decoder_layers": layers}
-    return sizes
-
-
 def translate(model, teacher, settings):
     """Tensors and settings in the release's words -> as read_checkpoint returns it."""
     model, teacher = ({our_name(name): tensor for name, tensor in tensors.items()
                        if not name.endswith(POSITIONS)} for tensors in (model, teacher))
+    if "patches.proj.bias" not in model:
+        raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
+    D, hidden = (len(model[name]) for name in ("patches.proj.bias", "blocks.0.mlp.fc1.bias"))
+    blocks = {name.split(".")[1] for name in model if name.startswith("blocks.")}
+    config = {"heads": max(1, D // 64)}  # as in base and large, unless the file says
+    config |= {FIELDS[k]: x for k, x in settings.items() if k in FIELDS and x is not None}
+    config |= {"dim": D, "depth": len(blocks), "mlp_ratio": hidden / D}
     part = "encoder." if "head.weight" in model else "student."
     model = {name if name.startswith(("decoder.", "fc_norm.", "head.")) else part + name: tensor
              for name, tensor in model.items()}
     model |= {"teacher." + name: tensor for name, tensor in teacher.items()}
-    config = dataclasses.asdict(EATConfig()) | sizes_of(model)
-    config["heads"] = max(1, config["dim"] // 64)  # as in base and large, unless the file says
-    config |= {FIELDS[k]: x for k, x in settings.items() if k in FIELDS and x is not None}
-    state = {"config": config, "model": model}
+    state = {"config": vars(EATConfig(**config)), "model": model}
     if "head.weight" in model:
         classes = [str(k) for k in range(len(model["head.weight"]))]
         state |= {"classes": classes, "multi_label": len(classes) == 527}  # AudioSet's
@@ -1104,14 +1074,12 @@ def fairseq_settings(config):
         config = config["model"]["pretrained_model_args"]
     model = config.get("model") or {}
     sound = (model.get("modalities") or {}).get("image") or {}
-    return {**model, **sound}
+    return {**model, **sound, **(sound.get("decoder") or {})}
 
 
 def read_hugging_face(path):
     """A folder of config.json and model.safetensors, or a .safetensors with the former beside it or
     in its metadata."""
-    import safetensors.torch
-
     file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
     beside = os.path.join(os.path.dirname(file), "config.json")
     with safetensors.safe_open(file, "pt") as tensors:
@@ -1132,8 +1100,6 @@ def export(checkpoint, target, note=""):
     """Write a checkpoint's encoder, or classifier, in the Hugging Face layout: a folder of
     config.json and model.safetensors; or, where `target` ends in .safetensors, one file with 16
     bits a number, and the config and a note in its metadata."""
-    from safetensors.torch import save
-
     state = read_checkpoint(checkpoint)
     config, tensors = EATConfig(**state["config"]), {}
     head = {name: x for name, x in state["model"].items() if name.startswith(("fc_norm.", "head."))}
@@ -1161,12 +1127,13 @@ def export(checkpoint, target, note=""):
         make_folder(os.path.dirname(target) or ".")
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
         about = {"format": "pt", "config": json.dumps(settings), "note": note}
-        Path(target).write_bytes(save(tensors, about))
+        Path(target).write_bytes(safetensors.torch.save(tensors, about))
     else:
         make_folder(target)
         # The release tabulates the positions of 768 rows, about 2 minutes.
         tensors["model." + POSITIONS] = sincos_positions(768, MEL_BINS // PATCH, config.dim)[None]
-        Path(target, "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+        content = safetensors.torch.save(tensors, {"format": "pt"})
+        Path(target, "model.safetensors").write_bytes(content)
         Path(target, "config.json").write_text(json.dumps(settings, indent=1))
     print(target)
 
@@ -1179,20 +1146,17 @@ def plot(out):
     lines = read_log(out) if os.path.exists(path) else []
     if not lines:
         raise UsageError(f"{path}: no log, or nothing in it yet; a run writes it into its --out")
-    panels = {"loss": ("frame_loss", "utterance_loss"), "gradient norm": ("grad_norm",),
-              "standard deviation": ("target_std", "prediction_std"), "learning rate": ("lr",),
-              "teacher decay": ("teacher_decay",), "accuracy of nearest neighbours":
-              ("knn_patches", "knn_cls", "knn_mean_of_patches")}
+    panels = (("frame_loss", "utterance_loss"), ("target_std", "prediction_std"), ("grad_norm",),
+              ("lr",), ("teacher_decay",), ("knn_patches", "knn_cls", "knn_mean_of_patches"))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, panels.items()):
+    for axes, names in zip(figure.subplots(2, 3).flat, panels):
         for name in names:
-            known = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if known:
-                axes.plot(*zip(*known), label=name.replace("_", " "))
-                axes.legend()
-        axes.set(title=title, xlabel="step", yscale="log" if "loss" in names[0] else "linear")
+            known = [line for line in lines if line.get(name) is not None]
+            axes.plot([line["step"] for line in known], [line[name] for line in known], label=name)
+        axes.legend()
+        axes.set(xlabel="step", yscale="log" if "loss" in names[0] else "linear")
     path = os.path.join(out, "log.png")
     figure.savefig(path)
     print(path)
@@ -1354,16 +1318,13 @@ def open_probe(recipe, config):
 
 def describe(config, recipe, clips, machine, labelled, resumed):
     """The run in a few lines, with every number that was derived."""
-    encoder, decoder = (sum(p.numel() for p in part(config).parameters()) / 1e6
-                        for part in (Encoder, Decoder))
+    size = sum(p.numel() for p in Encoder(config).parameters()) / 1e6
     passes = recipe.steps * recipe.batch_size / len(clips)
     parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
     print(f"preset   {recipe.preset}; there are {', '.join(PRESETS)}")
     print(f"data     {recipe.data}: {len(clips):,} clips of {config.frames / 100:.2f} s; mean "
           f"{config.mean}, deviation {config.std}{clips.advice()}")
-    if clips.skipped:
-        print(f"skipped  {len(clips.skipped)}: {describe_skipped(clips.skipped)}")
-    print(f"model    encoder {encoder:.1f} M parameters, decoder {decoder:.1f} M; "
+    print(f"model    encoder of {size:.1f} M parameters; "
           f"{config.visible} of {config.patches} patches visible in {config.clones} clones each")
     print(f"recipe   {recipe.steps:,} steps x {recipe.batch_size} clips{parts} = {passes:.1f} "
           f"passes over the data; learning rate {recipe.lr:.3g} after {recipe.warmup_steps:,} "
@@ -1380,16 +1341,13 @@ def describe(config, recipe, clips, machine, labelled, resumed):
             if resumed[name] != now:
                 print(f"warning  the run began with {resumed[name]:,} {name}, and now has {now:,}: "
                       "from here on it is another than it would have been", file=sys.stderr)
-    sys.stdout.flush()
 
 
 def pretrain(**given):
     """Pre-train an EAT on sound."""
-    defaults = {"out": Recipe.out}
-    if given.get("data") == "demo":
-        # Its 600 steps are shorter than compiling them.
-        defaults = {"out": "out-demo", "probe": "demo", "compile": False}
-    given = {**defaults, **given}
+    if given.get("data") == "demo":  # its 600 steps are shorter than compiling them
+        given = {"out": "out-demo", "probe": "demo", "compile": False, **given}
+    given = {"out": Recipe.out, **given}
     machine, resumed = settings(Machine, given), resume(given, "processes")
     config, recipe, clips, labelled = settle(given, machine, resumed)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():

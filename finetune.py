@@ -335,7 +335,7 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
                 line = log.write(step, ("loss", "grad_norm"), rows, fold=fold,
                                  lr=recipe.learning_rate(step))
                 rows = []
-                eat.check_health(line, int(bad_in_a_row), config, recipe, machine)
+                eat.check_health(line, int(bad_in_a_row), config, recipe)
     return step == recipe.steps
 
 

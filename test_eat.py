@@ -9,6 +9,7 @@ pytest -m slow test_eat.py
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -51,7 +52,6 @@ torch.set_num_threads(1)  # small models gain nothing from more, and runs compar
 fixtures = pytest.mark.skipif(not (SHARED / "fixtures").exists(), reason="needs ../shared/fixtures")
 real_sound = pytest.mark.skipif(not (SHARED / "data").exists(), reason="needs ../shared/data")
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/cmdline"), reason="looks into /proc")
-full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ here")
 with warnings.catch_warnings():  # there is no file to register them in
     warnings.simplefilter("ignore")
@@ -109,7 +109,6 @@ def losses_and_gradients(model, x, mask, machine, parts=1):
         (losses["loss"] / parts).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses, {name: gradient.cpu() for name, gradient in gradients.items()}
-
 
 # ---- eat.py: parity with the release -------------------------------------------------------------
 
@@ -218,17 +217,13 @@ def test_targets_of_the_last_blocks():
 
 
 def test_each_loss_has_its_weight_and_can_be_had_alone():
-    x = torch.randn(2, 1, 64, 128)
-    for off, alone, factor in (("frame_weight", "utterance_loss", 3),
-                               ("utterance_weight", "frame_loss", 1)):
-        model = EAT(small(**{"utterance_weight": 3.0, off: 0.0}))
-        losses = model(x)
-        assert losses["loss"].item() == pytest.approx(factor * losses[alone].item())
+    for frame, utterance in ((0.0, 3.0), (1.0, 0.0), (2.0, 3.0)):
+        model = EAT(small(frame_weight=frame, utterance_weight=utterance))
+        losses = model(torch.randn(2, 1, 64, 128))
+        wanted = frame * losses["frame_loss"] + utterance * losses["utterance_loss"]
+        torch.testing.assert_close(losses["loss"], wanted)
         losses["loss"].backward()
-        assert model.decoder.proj.weight.grad.any() == (alone == "frame_loss")
-    losses = EAT(small(frame_weight=2.0, utterance_weight=3.0))(x)
-    wanted = 2 * losses["frame_loss"] + 3 * losses["utterance_loss"]
-    torch.testing.assert_close(losses["loss"], wanted)
+        assert model.decoder.proj.weight.grad.any() == (frame > 0)
 
 
 @fixtures
@@ -282,7 +277,6 @@ def test_a_run_goes_on_from_a_fairseq_file(sounds, tmp_path):
     before.update_teacher(0.9)
     torch.testing.assert_close(after.state_dict(), before.state_dict())
 
-
 # ---- eat.py: the parts ---------------------------------------------------------------------------
 
 
@@ -332,22 +326,6 @@ def masks(count, grid, **how):
     return ~inverse_block_mask(count, 1, grid, **how).view(count, *grid)
 
 
-def slow_inverse_block_mask(H, W, rng):
-    """One mask as REFERENCE says it, patch by patch -> visible (H, W) bool."""
-    keep, seen = int(H * W * (1 - 0.8)), np.zeros((H, W), bool)
-    for _ in range(int(H * W * (0.2 + 0.07) / 25)):
-        row, column = rng.integers(H), rng.integers(W)
-        for r in range(-2, 3):
-            for c in range(-2, 3):
-                seen[min(max(row + r, 0), H - 1), min(max(column + c, 0), W - 1)] = True
-    flat = seen.ravel()
-    while flat.sum() > keep:
-        flat[rng.choice(np.flatnonzero(flat))] = False
-    while flat.sum() < keep:
-        flat[rng.choice(np.flatnonzero(~flat))] = True
-    return seen
-
-
 def neighbours(seen):
     """Counts of visible neighbour pairs along time and along frequency, and how often each patch is
     visible."""
@@ -356,27 +334,17 @@ def neighbours(seen):
     return along_time, along_frequency, seen.double().mean(0)
 
 
-def test_inverse_block_masks_are_distributed_as_a_slow_version():
-    rng, n = np.random.default_rng(0), 2000
-    stack = np.stack([slow_inverse_block_mask(32, 8, rng) for _ in range(n)])
-    *slow, slow_often = neighbours(torch.from_numpy(stack))
-    *fast, often = neighbours(masks(n, (32, 8)))
-    for a, b in zip(slow, fast):
-        assert abs(a.mean() - b.mean()) < 4 * math.sqrt((a.var() + b.var()) / n)
-    error = (slow_often * (1 - slow_often) * 2 / n).sqrt()
-    assert ((slow_often - often).abs() < 4.5 * error).all()
-
-
-@fixtures
 def test_inverse_block_masks_are_distributed_as_the_release():
-    release = torch.load(SHARED / "fixtures/mask_statistics.pt", weights_only=True)
-    n = release["n"]
+    """Over 20,000 of its masks: visible neighbour pairs, their mean and deviation; and how often a
+    column (of frequency) and a row (of time) are visible."""
+    n = 20_000
     *pairs, often = neighbours(masks(n, (64, 8)))
-    for found, name in zip(pairs, ("time", "freq")):
-        error = release[f"{name}_neighbour_pairs_std"] * math.sqrt(2 / n)
-        assert abs(found.mean().item() - release[f"{name}_neighbour_pairs_mean"]) < 3.5 * error
-    error = (often * (1 - often) * 2 / n).sqrt()
-    assert ((often - release["visible_frequency"]).abs() < 4.5 * error).all()
+    for found, mean, std in zip(pairs, (75.8241, 72.0937), (5.98687, 6.49424)):
+        assert abs(found.mean().item() - mean) < 3.5 * std * math.sqrt(2 / n)
+    columns = torch.tensor([0.1495, 0.1900, 0.2286, 0.2287, 0.2287, 0.2286, 0.1900, 0.1495])
+    rows = torch.tensor([0.1325, 0.1678, *60 * [0.2025], 0.1678, 0.1325])
+    torch.testing.assert_close(often.mean(0).float(), columns, atol=0.003, rtol=0)
+    torch.testing.assert_close(often.mean(1).float(), rows, atol=0.009, rtol=0)
 
 
 def test_masking_kinds_cluster_what_their_names_say():
@@ -406,7 +374,6 @@ def test_base_is_the_size_the_paper_says():
     count = sum(p.numel() for part in (model.student, model.decoder) for p in part.parameters())
     assert round(count / 1e6) == 88
 
-
 # ---- eat.py: the recipe --------------------------------------------------------------------------
 
 
@@ -421,25 +388,15 @@ def test_learning_rate_and_teacher_decay_of_the_release():
     assert (short.warmup_steps, short.ema_anneal_steps, short.lr) == (533, 1000, 5e-4)
 
 
-class Waves:
-    """A source of as many clips of noise as asked for. The batches of two whose numbers are `loud`
-    (in the order of reading, from 0) are loud beyond all measure."""
-
-    packed, skipped = False, {}
-
-    def __init__(self, loud=(), size=8):
-        self.loud, self.read_so_far = loud, 0
-        self.lengths = np.full(size, data.clip_samples(64))
-        self.names = [f"wave {k}" for k in range(8)]
-
-    def read(self, file, start, count):
-        loud = self.read_so_far // 2 in self.loud
-        self.read_so_far += 1
-        return torch.rand(count) * (1e30 if loud else 1.0)
-
-
-def waves(**how):
-    return data.Clips(Waves(**how), 64)
+def waves(loud=(), size=8):
+    """As many clips of noise as asked for. The batches of two whose numbers are `loud` (in the
+    order of reading, from 0) are loud beyond all measure."""
+    reads = itertools.count()
+    sound = types.SimpleNamespace(packed=False, skipped={}, names=range(size),
+                                  lengths=np.full(size, data.clip_samples(64)))
+    sound.read = lambda file, start, count: (
+        torch.rand(count) * (1e30 if next(reads) // 2 in loud else 1.0))
+    return data.Clips(sound, 64)
 
 
 @pytest.mark.parametrize("clips, given, steps", [
@@ -537,7 +494,6 @@ def test_bench_reports_what_fits_together(capsys):
     # 16 places, 8 channels out of 2 each, 9 taps, a product and a sum; forward and twice back.
     assert counter.get_total_flops() == 3 * 16 * 8 * 2 * 9 * 2
 
-
 # ---- eat.py: runs --------------------------------------------------------------------------------
 
 
@@ -585,7 +541,7 @@ def same_runs(a, b):
 @pytest.fixture(scope="module")
 def whole_run(sounds, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
-    assert eat.main(flags(sounds, out)) == 0
+    assert eat.main(flags(sounds, out, "--save-every=4")) == 0
     return out
 
 
@@ -602,11 +558,9 @@ def torchrun(*arguments):
 def wait_for_step(process, out, step):
     """Until the run in `out` has logged so many lines."""
     path = Path(out) / "log.jsonl"
-    while process.poll() is None:
-        if path.exists() and len(path.read_text().splitlines()) >= step:
-            return
+    while not path.exists() or len(path.read_text().splitlines()) < step:
+        assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
-    pytest.fail(f"ended before step {step}: {process.stdout.read()}")
 
 
 def end_of(process, status, says=""):
@@ -629,11 +583,10 @@ def processes(word):
 
 
 def assert_none_left(word):
-    for _ in range(50):  # a moment to end in
-        if not processes(word):
-            return
+    deadline = time.time() + 5  # a moment to end in
+    while left := processes(word):
+        assert time.time() < deadline, left
         time.sleep(0.1)
-    pytest.fail(f"still there: {processes(word)}")
 
 
 def test_a_run_learns_logs_and_leaves_an_encoder(whole_run):
@@ -662,15 +615,13 @@ def test_16_bits_learn_what_float32_learns(precision, sounds, whole_run, tmp_pat
     assert all(x.dtype == torch.float32 for x in state.values())  # weights and teacher stay whole
 
 
-def test_a_timestamp_is_a_seed_and_hours_become_steps(sounds, whole_run, start_from, esc, tmp_path):
+def test_a_timestamp_is_a_seed_and_hours_become_steps(sounds, whole_run, tmp_path):
     seed = f"--seed={10**18}"
     for name, path in (("a", sounds), ("b", "demo")):
         assert eat.main(flags(path, tmp_path / name, "--hours=1e-9", seed, steps=None)) == 0
         lines = logged(tmp_path / name)  # and nothing of the trial
         assert [line["step"] for line in lines if "loss" in line] == [1]
     assert logged(tmp_path / "a")[0]["loss"] != logged(whole_run)[0]["loss"]
-    for mode in ("finetune", "linear"):
-        assert fine(esc, tmp_path / mode, f"--mode={mode}", start_from, seed) == 0
 
 
 @linux
@@ -765,11 +716,11 @@ def test_a_run_that_goes_wrong_stops_and_keeps_the_last_good_checkpoint(sounds, 
     more = ["--save-every=1", "--lr=1e30", "--grad-clip=1e30", "--warmup-steps=0"]
     assert eat.main(flags(sounds, tmp_path, *more, steps=40)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    for words in ("not finite 10 times in a row", "lower --lr", "last.pt"):
+    for words in ("not finite 26 times in a row", "lower --lr", f"{tmp_path} has the last good"):
         assert words in said
     step, state = weights(tmp_path)
     assert step == 1 and all(x.isfinite().all() for x in state.values())
-    assert len(logged(tmp_path)) == 11
+    assert len(logged(tmp_path)) == 27
 
 
 def test_probing_changes_nothing_and_agrees_with_knn(sounds, whole_run, esc, tmp_path, capsys):
@@ -792,7 +743,8 @@ def test_probing_changes_nothing_and_agrees_with_knn(sounds, whole_run, esc, tmp
     assert logged(tmp_path / "run")[-1] == found[8]
 
 
-def test_a_probe_starts_anew_with_its_run_and_says_what_it_probes_on(sounds, esc, tmp_path, capsys):
+def test_a_probe_starts_anew_says_what_it_probes_on_and_hears_what_finetune_hears(
+        sounds, esc, tmp_path, capsys):
     (tmp_path / "run").mkdir()  # killed before its first checkpoint
     (tmp_path / "run/log.jsonl").write_text('{"step": 0, "knn_cls": 9}\n{"step": 1, "loss": 9}\n')
     assert eat.main(flags(esc, tmp_path / "run", f"--probe={esc}", steps=1)) == 0
@@ -802,6 +754,9 @@ def test_a_probe_starts_anew_with_its_run_and_says_what_it_probes_on(sounds, esc
     run = flags(sounds, tmp_path / "other", f"--probe={make_manifests(tmp_path / 'labels')}")
     refused(eat.main, run, "one label a clip", capsys)
     assert not (tmp_path / "other").exists()
+    for config, frames in ((small(), 512), (small(frames=1024), 1024)):
+        assert eat.open_probe(Recipe(probe=str(esc)), config).clips.frames == frames
+        assert eat.open_probe(Recipe(probe="demo"), config).clips.frames == config.frames
 
 
 def test_a_run_that_came_and_went_meanwhile_is_not_written_over(sounds, whole_run, esc, tuned,
@@ -839,12 +794,6 @@ def test_a_trial_comes_after_all_that_may_be_refused_and_can_be_stopped(sounds, 
         assert capsys.readouterr().err.splitlines()[-1] == "eat.py: stopped by SIGTERM"
 
 
-def test_a_probe_hears_as_much_of_a_clip_as_finetune_does(esc):
-    for config, frames in ((small(), 512), (small(frames=1024), 1024)):
-        assert eat.open_probe(Recipe(probe=str(esc)), config).clips.frames == frames
-        assert eat.open_probe(Recipe(probe="demo"), config).clips.frames == config.frames
-
-
 BAD_INPUT = {
     "eat": [
         ("--data=nowhere", "no such file or folder"), ("--probe-every=2", "--probe must name"),
@@ -853,6 +802,8 @@ BAD_INPUT = {
         ("--data={silent} --stats=measure", "neither it nor any other clip can be used"),
         ("--heads=5", "heads (5) must divide dim"), ("--frames=100", "multiple of 16"),
         ("--batch-size=6 --accumulate=4", "must be a multiple of 4"),
+        ("--out={run} --resume --accumulate=3 --workers=2", "must be a multiple of"),
+        ("bench --preset=tiny --batch-size=3 --accumulate=2", "must be a multiple of"),
         ("--out={run}", "--resume"), ("--out={run} --resume --lr=0.5", "--lr 0.5"),
         ("--out={tuned} --resume", "not a run of"), ("--init={run}/lost.pt", "no such file"),
         ("--out=/dev/null/out", "expected a folder"), ("--device=cuda", "device cuda"),
@@ -876,10 +827,13 @@ BAD_INPUT = {
     "finetune": [
         ("--stepz=3", "--stepz=3"), ("--data=nowhere", "no such folder"),
         ("--fold=9", "--fold 9"), ("--checkpoint=nowhere.pt", "no such file"),
-        ("--drop-path=1", "drop_path (1.0)"), ("--l2=0", "l2 (0.0)"), ("embed demo --checkpoint={last}", "has no files"),
+        ("--drop-path=1", "drop_path (1.0)"), ("--l2=0", "l2 (0.0)"),
+        ("embed demo --checkpoint={last}", "has no files"),
         ("--checkpoint={broken}/a.wav", "a.wav: not a whole checkpoint"),
         ("--out={run} --resume", "not a run of"), ("--weighted", "sampling weights"),
         ("--out={tuned} --resume --lr=0.5", "--lr 0.5"),
+        ("--out={tuned} --resume --checkpoint=other.pt", "--checkpoint other.pt"),
+        ("--out={tuned} --resume --data=demo", "not the classes that the run in"),
         ("--batch-size=5 --accumulate=2", "multiple"), ("--shots=1", "--shots 1"),
         ("--mode=linear --shots=0,x", "--shots 0,x"), ("look nowhere.wav", "no such file"),
         ("look demo --out={empty}/a.xyz", "Format 'xyz' is not supported"),
@@ -904,25 +858,18 @@ def test_bad_input_gets_one_line_and_status_2(program, wrong, says, sounds, whol
     if torch.cuda.is_available() and wrong == "--device=cuda":
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
-    places = {"run": whole_run, "last": whole_run / "last.pt", "tuned": tuned}
-    for name in ("empty", "broken", "silent", "faint"):
-        places[name] = tmp_path / name
+    places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken", "run": whole_run,
+              "last": whole_run / "last.pt", "tuned": tuned,
+              "silent": write(tmp_path / "silent.wav", np.zeros(20_000)),
+              "faint": write(tmp_path / "faint.wav", np.where(np.arange(20_720) % 97, 0, 2**-15))}
+    for name in ("empty", "broken"):
         places[name].mkdir()
-    for k in range(3):
-        write(tmp_path / f"silent/{k}.wav", np.zeros(20_000 * k))
     (tmp_path / "broken/a.wav").write_text("no sound")
-    write(tmp_path / "faint/a.wav", np.where(np.arange(20_720) % 97, 0, 2**-15))
     words = wrong.format(**places).split()
     if wrong.startswith("--"):
         words = [*(flags(sounds, "out") if program == "eat" else [f"--data={esc}"]), *words]
     refused(sys.modules[program].main, words, says, capsys)
-
-
-def test_a_run_without_a_step_leaves_no_checkpoint(tmp_path, capsys):
-    write(tmp_path / "a.wav", np.zeros(20_000))
-    assert eat.main(flags(tmp_path, tmp_path / "out", "--stats=audioset")) == 2
-    assert "no clip is left to use" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out/last.pt").exists()
+    assert not multiprocessing.active_children()  # no worker had started
 
 
 @pytest.mark.parametrize("device, more", [
@@ -950,7 +897,6 @@ def test_help_names_every_field(capsys):
         names = [name for kind in kinds for name in kind.__dataclass_fields__]
         assert all("--" + name.replace("_", "-") in said for name in names)
 
-
 # ---- eat.py: what goes wrong ---------------------------------------------------------------------
 
 
@@ -970,7 +916,7 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(device, precision, tmp_pa
     after, before = train(tmp_path, machine, waves(loud={last - 1}), steps=last)
     assert (before["step"], after["step"]) == (last - 1, last)
     assert logged(tmp_path)[-1]["not_finite"] == 1
-    assert precision == "float16" or after["scaler"]["scale"] == 1
+    assert precision == "float16" or after["scaler"]["scale"] == 2.0**15  # half of what it was
     decay = Recipe(steps=last).teacher_decay(last)
     for name, x in before["model"].items():
         if name.startswith("teacher."):  # nears the unchanged student
@@ -979,24 +925,23 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(device, precision, tmp_pa
             torch.testing.assert_close(after["model"][name], x, atol=1e-7, rtol=1e-6)
         else:
             assert torch.equal(after["model"][name], x), name
-    for key, moments in before["optimizer"]["state"].items():
-        found = after["optimizer"]["state"][key]
-        assert all(torch.equal(found[name], value) for name, value in moments.items())
+    moments = [state["optimizer"]["state"] for state in (after, before)]
+    torch.testing.assert_close(*moments, atol=0, rtol=0)
     further, _ = train(tmp_path, machine, waves(), resumed=after, steps=last + 2)
     assert not torch.equal(further["model"]["student.cls"], after["model"]["student.cls"])
-    other = "float16" if precision != "float16" else "bfloat16"  # another scaler's state is no use
+    other = "float16" if precision != "float16" else "bfloat16"  # which alone lets it grow again
     further, _ = train(tmp_path, machine_of(device, other), waves(), resumed=after, steps=last + 2)
-    assert (further["scaler"]["scale"] > 1) == (other == "float16")
+    assert (further["scaler"]["growth_interval"] < 10_000) == (other == "float16")
     with pytest.raises(data.RunStopped, match="in a row"):
         train(tmp_path / "2", machine, waves(loud=range(100)), steps=30)
 
 
 def test_a_decoder_without_a_loss_is_no_collapse():
     line, recipe = {"step": 9, "target_std": 0.9, "prediction_std": 0.001}, Recipe(out="nowhere")
-    eat.check_health(line, 0, small(frame_weight=0.0), recipe, machine_of())
+    eat.check_health(line, 0, small(frame_weight=0.0), recipe)
     for config, lower in ((small(), {}), (small(frame_weight=0.0), {"target_std": 0.001})):
         with pytest.raises(data.RunStopped, match="collapsed"):
-            eat.check_health({**line, **lower}, 0, config, recipe, machine_of())
+            eat.check_health({**line, **lower}, 0, config, recipe)
 
 
 @pytest.mark.parametrize("device, scale", [
@@ -1031,14 +976,14 @@ def test_too_loud_a_clip_costs_its_steps_only(program, most, sounds, start_from,
     assert "changed no weight" in capsys.readouterr().err
 
 
-@full_disk
+@linux
 def test_a_full_disk_does_not_end_the_run(sounds, whole_run, tmp_path, capsys):
     out, path = tmp_path / "out", tmp_path / "log.jsonl"
     out.mkdir()
     (out / "last.pt.part").symlink_to("/dev/full")  # the first checkpoint meets it
     assert eat.main(flags(sounds, out, "--save-every=3")) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
-    assert len(said) == 1 and "none yet; going on" in said[0]
+    assert len(said) == 1 and "as it was; going on" in said[0]
     assert same_runs(out, whole_run)
     log = eat.Log(str(tmp_path), 0, 9, machine_of(), waves())
     path.symlink_to("/dev/full")
@@ -1050,7 +995,7 @@ def test_a_full_disk_does_not_end_the_run(sounds, whole_run, tmp_path, capsys):
 
 
 def test_a_run_goes_on_from_the_checkpoint_before(sounds, whole_run, tmp_path, capsys, monkeypatch):
-    assert eat.main(flags(sounds, tmp_path, "--save-every=4")) == 0
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
     content = bytearray((tmp_path / "last.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "last.pt").write_bytes(content)
@@ -1068,33 +1013,34 @@ def test_a_run_goes_on_from_the_checkpoint_before(sounds, whole_run, tmp_path, c
 
 def test_no_flipped_bit_goes_unnoticed(whole_run, tmp_path):
     content, rng = (whole_run / "last.pt").read_bytes(), np.random.default_rng(0)
-    whole, noticed = eat.read_checkpoint(whole_run / "last.pt"), 0
+    whole, path, harmless = eat.read_checkpoint(whole_run / "last.pt"), tmp_path / "x.pt", 0
     for place in rng.integers(len(content), size=100):
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.integers(8)
-        (tmp_path / "flipped.pt").write_bytes(flipped)
-        try:
-            state = eat.read_checkpoint(tmp_path / "flipped.pt")
-        except UsageError:
-            noticed += 1
-            continue
-        assert state["config"] == whole["config"] and state["step"] == whole["step"]
-        for name, tensor in whole["model"].items():  # it was padding
-            assert torch.equal(state["model"][name], tensor)
-    assert noticed > 50
-
+        path.write_bytes(flipped)
+        with contextlib.suppress(UsageError):
+            state = eat.read_checkpoint(path)  # it was padding
+            assert state["config"] == whole["config"] and state["step"] == whole["step"]
+            torch.testing.assert_close(state["model"], whole["model"], atol=0, rtol=0)
+            harmless += 1
+    assert harmless < 50
 
 # ---- eat.py: checkpoints -------------------------------------------------------------------------
 
 
-def test_a_damaged_checkpoint_is_named(whole_run, tmp_path):
-    path, no_encoder = tmp_path / "last.pt", io.BytesIO()
-    torch.save({"config": {}, "model": {"x": torch.zeros(1000)}}, no_encoder)
+def test_a_damaged_or_misfitting_checkpoint_is_named(whole_run, tmp_path):
+    path, (no_encoder, misfit) = tmp_path / "last.pt", (io.BytesIO(), io.BytesIO())
+    torch.save({"model": {"x": torch.zeros(1000)}}, no_encoder)
+    state = torch.load(whole_run / "last.pt", weights_only=True)
+    state["model"] |= {"student.extra": torch.zeros(1), "student.pre_norm.weight": torch.zeros(5)}
+    del state["model"]["student.cls"]
+    torch.save(state, misfit)
     whole, wrong = (whole_run / "last.pt").read_bytes(), "not a whole checkpoint"
     for content, says in (
         (b"<html>not found</html>", wrong), (b"PK\x03\x04 cut short", wrong),
         *((whole[: int(share * len(whole))], wrong) for share in (0, 0.01, 0.5, 0.999)),
         (no_encoder.getvalue(), "no encoder in it; it has x"),
+        (misfit.getvalue(), 'Missing.*"cls".*Unexpected.*"extra".*pre_norm.weight'),
     ):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=f"last.pt: {says}"):
@@ -1157,37 +1103,25 @@ def test_an_encoder_of_uneven_width_can_be_read_back_and_cast(sounds, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"embed_dim": 10**9}, {"depth": 10**9}, {"mlp_ratio": 1e9}, {"num_heads": 10**9},
-    {"img_size": [10**12, 128]}, {"img_size": ["x", 128]}, {"norm_eps": -1.0},
-    {"embed_dim": "many"}])
+    {"num_heads": 10**9}, {"img_size": [10**12, 128]}, {"img_size": ["x", 128]},
+    {"norm_eps": -1.0}])
 def test_absurd_sizes_are_refused_before_memory_is_asked_for(wrong, whole_run, tmp_path):
     eat.export(str(whole_run / "last.pt"), str(tmp_path))
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "norm_eps": None}))  # as if it said nothing
-    assert eat.load_encoder(tmp_path).config.norm_eps == 1e-6
+    path.write_text(json.dumps({**config, "norm_eps": None, "embed_dim": 10**9, "depth": "many"}))
+    found = eat.load_encoder(tmp_path).config  # what tensors say counts more, and None is nothing
+    assert (found.norm_eps, found.dim, found.depth) == (1e-6, 32, 2)
     path.write_text(json.dumps({**config, **wrong}))
     with pytest.raises(UsageError, match=re.escape(f"{tmp_path}: ") + r"[^\n]*\Z"):
         eat.load_encoder(tmp_path)
 
 
-def test_what_does_not_fit_is_named(whole_run, tmp_path):
-    state = torch.load(whole_run / "last.pt", weights_only=True)
-    state["model"] |= {"student.extra": torch.zeros(1), "student.pre_norm.weight": torch.zeros(5)}
-    del state["model"]["student.cls"]
-    torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match='Missing.*"cls".*Unexpected.*"extra".*pre_norm.weight'):
-        eat.load_encoder(tmp_path / "x.pt")
-
-
-class Calls:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+class Calls(tuple):
+    """Pickles as a call of its first element."""
 
     def __reduce__(self):
-        return self.call
+        return self[0], self[1:]
 
 
 class Stranger:
@@ -1204,12 +1138,12 @@ class HugeStorage(pickle.Pickler):
 
 REBUILD, STORAGE = torch._utils._rebuild_tensor_v2, torch.FloatStorage(4)
 HOSTILE = {
-    "os.system": Calls(os.system, "touch ran"), "eval": Calls(eval, "open('ran', 'w')"),
-    "getattr": Calls(getattr, "x", "upper"), "process": Calls(subprocess.Popen, ["touch", "ran"]),
-    "nested": None, "numpy": Calls(np.load, "ran"), "huge storage": None,
-    "reach beyond": Calls(REBUILD, STORAGE, 0, (5,), (1,), False, {}),
-    "negative stride": Calls(REBUILD, STORAGE, 3, (4,), (-1,), False, {}),
-    "wrong storage": Calls(REBUILD, "no storage", 0, (4,), (1,), False, {}),
+    "os.system": Calls((os.system, "touch ran")), "eval": Calls((eval, "open('ran', 'w')")),
+    "getattr": Calls((getattr, "x", "upper")), "numpy": Calls((np.load, "ran")),
+    "process": Calls((subprocess.Popen, ["touch", "ran"])), "nested": None, "huge storage": None,
+    "reach beyond": Calls((REBUILD, STORAGE, 0, (5,), (1,), False, {})),
+    "negative stride": Calls((REBUILD, STORAGE, 3, (4,), (-1,), False, {})),
+    "wrong storage": Calls((REBUILD, "no storage", 0, (4,), (1,), False, {})),
 }
 
 
@@ -1219,8 +1153,8 @@ def test_no_code_in_a_checkpoint_runs(kind, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evil, buffer, ran = HOSTILE[kind], io.BytesIO(), []
     if kind == "nested":
-        torch.save(Calls(os.system, "touch ran"), buffer)
-        evil = Calls(torch.storage._load_from_bytes, buffer.getvalue())
+        torch.save(Calls((os.system, "touch ran")), buffer)
+        evil = Calls((torch.storage._load_from_bytes, buffer.getvalue()))
     if kind == "huge storage":
         HugeStorage(buffer, 2).dump({"cfg": None, "model": {"x": Stranger()}})
         with zipfile.ZipFile("evil.pt", "w") as archive:
@@ -1234,19 +1168,6 @@ def test_no_code_in_a_checkpoint_runs(kind, place, tmp_path, monkeypatch):
     assert not ran and os.listdir() == ["evil.pt"]
 
 
-def test_a_head_of_an_earlier_version_is_refused(tuned, tmp_path):
-    """It did not weigh time by loudness, and would say something else now."""
-    state = eat.read_checkpoint(tuned / "last.pt")
-    model = Classifier(Encoder(EATConfig(**state["config"])), state["classes"], reading="patches")
-    state["model"] = model.state_dict()
-    torch.save({**state, "head_reads": "patches"}, tmp_path / "new.pt")
-    assert finetune.load_classifier(tmp_path / "new.pt").reading == "patches"
-    del state["head_reads"]
-    torch.save({**state, "reading": "patches", "by_loudness": None}, tmp_path / "old.pt")
-    with pytest.raises(UsageError, match="size mismatch for fc_norm"):
-        finetune.load_classifier(tmp_path / "old.pt")
-
-
 def test_unknown_classes_become_stand_ins_that_keep_their_state(tmp_path):
     stranger = Stranger()
     stranger.rate, stranger.kind = 0.5, {"a": [1, 2]}
@@ -1254,9 +1175,8 @@ def test_unknown_classes_become_stand_ins_that_keep_their_state(tmp_path):
     torch.save({"cfg": stranger, "x": turned, "half": half}, tmp_path / "x.pt")
     found = eat.load_inert(tmp_path / "x.pt")
     assert type(found["cfg"]) is eat.Stub
-    assert found["cfg"].state == {"rate": 0.5, "kind": {"a": [1, 2]}}
+    assert vars(found["cfg"]) == {"rate": 0.5, "kind": {"a": [1, 2]}}
     assert torch.equal(found["x"], turned) and found["half"].dtype == torch.bfloat16
-
 
 # ---- eat.py: frozen features ---------------------------------------------------------------------
 
@@ -1276,25 +1196,6 @@ def slow_reading(encoder, x):
     deviation = (share * (rows - mean) ** 2).sum(0).sqrt()
     return rows, {"patches": torch.cat([mean, deviation]),
                   "CLS": tokens[0, 0], "mean of patches": tokens[0, 1:].mean(0)}
-
-
-@torch.no_grad()
-def test_features_leave_the_padding_out_and_equal_a_slow_version():
-    encoder = Encoder(small()).eval()
-    lengths = torch.tensor([400, 2800, 5359, 5360, 9000, 10_480])
-    steps = [1, 1, 1, 2, 3, 4]  # whole ones of 16 frames, of which 5,360 samples fill two
-    for frames in (64, 128):  # the same sound, with more and more zeros behind it
-        torch.manual_seed(0)
-        clips = data.Clips(Waves(), frames, files=range(6))
-        sounds = [torch.randn(length) for length in lengths]
-        clips.source.read = lambda file, start, count: sounds[file]
-        config = small(frames=frames)
-        found, used = eat.features(encoder, config, clips, range(6), machine_of())
-        assert used.tolist() == list(range(6))
-        for k, (wave, count) in enumerate(zip(sounds, steps)):
-            x = spectrogram(wave[None], lengths[k, None], count * 16, config.mean, config.std)
-            for name, value in slow_reading(encoder, x)[1].items():
-                torch.testing.assert_close(found[name][k], value, atol=1e-5, rtol=1e-4)
 
 
 def test_loudness_by_hand():
@@ -1330,7 +1231,6 @@ def test_real_sound_trains(folder, tmp_path):
         esc10 = labelled(SHARED / "data/esc10")
         assert (esc10.kind, len(esc10.clips), len(esc10.classes)) == ("ESC-10", 400, 10)
         assert [(len(train), len(test)) for train, test in esc10.folds.values()] == [(320, 80)] * 5
-
 
 # ---- data.py -------------------------------------------------------------------------------------
 
@@ -1596,7 +1496,6 @@ def test_the_demo_comes_from_its_seed_and_its_classes_do_not_differ_in_mean_spec
     scores = eat.nearest_neighbours(means[:240], F.one_hot(labels[:240]).float(), means[240:])
     assert (scores.argmax(1) == labels[240:]).float().mean() < 0.25
 
-
 # ---- data.py: packs ------------------------------------------------------------------------------
 
 
@@ -1620,7 +1519,8 @@ def several(tmp_path):
     return folder
 
 
-def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_a_pack_holds_what_the_files_hold_and_is_read_by_whom_it_should(several, tmp_path, capsys):
     packed = pack(several, tmp_path / "pack")
     names, sound_of = packed.names, lambda k: packed.read(k, 0, 10**6)
     assert names == data.find_audio(str(several))
@@ -1646,17 +1546,12 @@ def test_a_pack_holds_what_the_files_hold(several, tmp_path, capsys):
     # One of them is scaled, so all are floats.
     mixed, wanted = (x[[0, 3]].waveforms for x in (clips, files))
     torch.testing.assert_close(mixed, wanted, atol=3 / 32768, rtol=0)
-
-
-@pytest.mark.filterwarnings("ignore:'pin_memory'")
-def test_a_pack_is_read_by_the_process_itself_but_for_a_card_by_workers(several, tmp_path):
-    pack(several, tmp_path / "pack")
-    clips, batches, found = open_clips(str(tmp_path / "pack"), 128), [[1, 0], [2, 3]], []
-    for device in ("cpu", "cuda"):
-        with data.loading(clips, batches, 2, torch.device(device)) as loader:
-            found.append([batch.waveforms.clone() for batch in loader])
+    read = []
+    for device in ("cpu", "cuda"):  # by the process itself, but for a card by workers
+        with data.loading(clips, [[1, 0], [2, 3]], 2, torch.device(device)) as loader:
+            read.append([batch.waveforms.clone() for batch in loader])
             assert len(getattr(loader, "_workers", [])) == (2 if device == "cuda" else 0)
-    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, *read))
 
 
 def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, capsys):
@@ -1697,44 +1592,36 @@ def test_a_pack_whose_parts_do_not_fit_is_refused_or_costs_its_clips(several, tm
     refused(eat.main, run, "not a whole pack", capsys)
 
 
-def test_packed_sound_gives_the_same_results(sounds, esc, whole_run, start_from, tmp_path):
+def test_packed_sound_gives_the_same_results(sounds, esc, whole_run, tuned, start_from, tmp_path):
     pack(sounds, tmp_path / "sounds")
     assert eat.main(flags(tmp_path / "sounds", tmp_path / "out")) == 0
     assert same_runs(tmp_path / "out", whole_run)
     pack(esc, tmp_path / "pack")
-    found, features = [], []
-    for path, out in ((esc, tmp_path / "files"), (tmp_path / "pack", tmp_path / "packed")):
-        assert fine(path, out, start_from) == 0
-        assert fine(path, f"{out}-knn", start_from, "--mode=knn") == 0
-        found.append([results(out), results(f"{out}-knn")])
-        embed = ["embed", str(path), start_from, f"--out={out}.npz", "--workers=1", "--device=cpu"]
+    assert fine(tmp_path / "pack", tmp_path / "tuned", start_from, "--steps=12") == 0
+    assert same_runs(tmp_path / "tuned", tuned) and results(tmp_path / "tuned") == results(tuned)
+    features, out = [], tmp_path / "x.npz"
+    for path in (esc, tmp_path / "pack"):
+        embed = ["embed", str(path), start_from, f"--out={out}", "--workers=1", "--device=cpu"]
         assert finetune.main(embed) == 0
-        features.append(dict(np.load(f"{out}.npz")))
-    assert found[0] == found[1]
-    assert same_runs(tmp_path / "files", tmp_path / "packed")
-    for name in features[0]:
-        np.testing.assert_array_equal(features[0][name], features[1][name])
+        features.append(dict(np.load(out)))
+    np.testing.assert_equal(*features)
 
 
-def test_two_million_packed_clips_take_little_memory(tmp_path):
-    """A pack of 2,000,000 clips of 10 s, its samples a hole of 640 GB."""
-    count = 2_000_000
+def test_packed_clips_take_little_memory(tmp_path):
+    """At most 300 bytes a clip, which is 600 MB for AudioSet-2M. The samples are a hole."""
+    count, size = 200_000, data.clip_samples(16)
     about = {"source": "/sound", "names": [f"/sound/{k:08}" for k in range(count)], "skipped": {},
-             "ends": [160_000 * k for k in range(1, count + 1)], "units": [1 / 32768] * count}
+             "ends": [size * k for k in range(1, count + 1)], "units": [1 / 32768] * count}
     (tmp_path / "pack.json").write_text(json.dumps(about))
-    try:
-        with open(tmp_path / "samples", "wb") as file:
-            file.truncate(count * 320_000)
-    except OSError:
-        pytest.skip("no file of 640 GB here, not even one with a hole")
+    (tmp_path / "samples").touch()
+    os.truncate(tmp_path / "samples", 2 * size * count)
     tracemalloc.start()
-    clips = open_clips(str(tmp_path), 1024)
-    assert len(clips) == count and clips.name(1_234_567) == "/sound/01234567"
+    clips = open_clips(str(tmp_path), 16)
+    assert len(clips) == count and clips.name(123_456) == "/sound/00123456"
     assert 0 <= next(data.shuffled(count, 0, 3 * count + 7)) < count
-    assert not clips.source.read(1_999_999, 0, 160_000).any()
-    assert tracemalloc.get_traced_memory()[1] < 600e6
+    assert not clips.source.read(count - 1, 0, size).any()
+    assert tracemalloc.get_traced_memory()[1] < 300 * count
     tracemalloc.stop()
-
 
 # ---- data.py: labelled data sets -----------------------------------------------------------------
 
@@ -1787,7 +1674,7 @@ def names(dataset, numbers):
     return [Path(dataset.clips.name(n)).name for n in numbers.tolist()]
 
 
-def test_esc_folders_have_folds(tmp_path):
+def test_esc_folders_have_folds_and_may_have_broken_missing_or_stray_clips(tmp_path):
     esc = labelled(make_esc(tmp_path / "esc"))
     assert (esc.kind, len(esc.clips), esc.multi_label) == ("ESC-50", 8, False)
     assert esc.classes == ["rooster", "chainsaw"] and list(esc.folds) == ["fold 1", "fold 2"]
@@ -1802,10 +1689,7 @@ def test_esc_folders_have_folds(tmp_path):
     with pytest.raises(AudioError, match="one fold"):
         labelled(make_esc(tmp_path / "2", folds=(2,)))
 
-
-def test_clips_of_esc_that_are_broken_missing_or_unlabelled(tmp_path):
-    folder = make_esc(tmp_path / "esc")
-    esc = labelled(folder)
+    folder = tmp_path / "esc"
     broken = esc.folds["fold 2"][0][-1].item()  # the last before the clips of the test fold
     Path(esc.clips.name(broken)).write_text("no sound")
     batch = esc.clips[[broken - 1, broken]]  # none of the other fold in its place
@@ -1841,7 +1725,7 @@ def test_folders_of_classes_have_parts_or_lists_or_neither(tmp_path):
     assert sorted(train.tolist() + test.tolist()) == list(range(12))
 
 
-def test_manifests_have_several_labels_a_clip(tmp_path):
+def test_manifests_have_several_labels_a_clip(tmp_path, capsys):
     audioset = labelled(make_manifests(tmp_path / "as"))
     pack(tmp_path / "as", tmp_path / "packed")
     for training, count in ((False, 6), (True, 4)):  # pre-training leaves eval.tsv's alone
@@ -1853,6 +1737,10 @@ def test_manifests_have_several_labels_a_clip(tmp_path):
     order = finetune.training_order(train, audioset, FineTune(weighted=True), seed=0)
     drawn = [next(order) for _ in range(20_000)]
     assert set(drawn) == {2, 3} and np.mean(np.equal(drawn, 3)) == pytest.approx(0.75, abs=0.02)
+    for k in (2, 3):  # those of weight 0 are none to train on
+        (tmp_path / f"as/{k}.wav").write_text("no sound")
+    run = [f"--data={tmp_path}/as", f"--out={tmp_path}/out", *FINE, "--weighted"]
+    refused(finetune.main, run, "no clip to train on", capsys)
 
 
 @pytest.mark.parametrize("content", [
@@ -1871,24 +1759,20 @@ def test_lists_of_labels_in_another_form_are_one_line(content, tmp_path):
         path.write_bytes(before)
     assert len(labelled(tmp_path / "as").clips) == 6  # only the lists were at fault
 
-
 # ---- finetune.py: metrics, augmentation, probes --------------------------------------------------
 
 
-def test_average_precision_by_hand_with_ties_and_against_a_slow_version():
+def test_metrics_by_hand_with_ties_and_against_a_slow_version():
     scores = np.array([[0.9, 1], [0.8, 1], [0.7, 1], [0.6, 1]])
     by_hand = average_precision(scores, np.array([[1, 1], [0, 0], [1, 0], [0, 0]]))
     assert by_hand.tolist() == pytest.approx([(1 + 2 / 3) / 2, 1 / 4])  # all equal: the share
-    assert np.isnan(average_precision(np.ones((3, 1)), np.zeros((3, 1)))[0])
     rng = np.random.default_rng(0)
     scores, targets = rng.integers(0, 6, (50, 20)) / 5, rng.random((50, 20)) < 0.2
     for k, found in enumerate(average_precision(scores, targets)):
         # Of each positive, the share of positives among all clips that score no lower.
         slow = [np.mean(targets[scores[:, k] >= score, k]) for score in scores[targets[:, k], k]]
         assert found == pytest.approx(np.mean(slow))
-
-
-def test_results_leave_out_classes_without_positives_and_say_so():
+    # Classes without positives are left out, and the note says so.
     scores = torch.tensor([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]])
     targets = torch.tensor([[1.0, 0, 0], [1, 1, 0]])
     result = finetune.evaluate(scores, targets, ["a", "b", "c"], multi_label=True)
@@ -2027,7 +1911,6 @@ def test_mel_statistics_leave_the_padding_out(esc):
     want = torch.cat([x.mean(0), x.std(0, unbiased=False)])
     torch.testing.assert_close(kinds["no network"][3], want, atol=1e-4, rtol=1e-4)
 
-
 # ---- finetune.py: runs ---------------------------------------------------------------------------
 
 FINE = ["--steps=2", "--batch-size=4", "--log-every=1", "--frames=64", *CPU_FLAGS]
@@ -2054,18 +1937,30 @@ def tuned(esc, start_from, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("recipe", list(finetune.RECIPES))
-def test_every_recipe_trains_and_tests(recipe, start_from, esc, tmp_path):
-    manifests, out = recipe.startswith("as"), tmp_path / "out"
-    dataset = make_manifests(tmp_path / "as", weights=recipe == "as2m") if manifests else esc
-    reading = "patches" if recipe == "small" else "CLS"
-    assert fine(dataset, out, f"--recipe={recipe}", f"--reading={reading}", start_from) == 0
-    used, row = results(out, "recipe"), finetune.RECIPES[recipe]
-    assert all(used[k] == v for k, v in row.items() if k not in ("steps", "batch_size", "frames"))
+@pytest.mark.parametrize("recipe, manifests", [
+    ("as2m", True), ("as20k", True), ("small", True), ("esc50", False), ("spc2", False),
+    ("small", False)])
+def test_every_recipe_trains_and_tests(recipe, manifests, start_from, esc, tmp_path):
+    dataset, out = esc, tmp_path / "out"
+    wanted = {**finetune.RECIPES[recipe], "steps": 2, "batch_size": 4, "frames": 64}  # as in FINE
+    if manifests:  # several labels a clip
+        dataset = make_manifests(tmp_path / "as", weights=recipe == "as2m")
+        wanted |= {"loss": "bce", "label_smoothing": 0.0}
+    wanted |= {"reading": "patches" if recipe == "small" else "CLS", "seed": 10**18}
+    more = [f"--recipe={recipe}", f"--reading={wanted['reading']}", f"--seed={10**18}"]
+    assert fine(dataset, out, start_from, *more) == 0
+    assert results(out, "recipe") == results(out, "recipe") | wanted
     for result in results(out)["fine-tuned"].values():
+        assert result["metric"] == ("mAP" if manifests else "accuracy")
         assert 0 <= result["value"] <= 1 and len(result["per_class"]) == (3 if manifests else 2)
     assert (out / "confusion.png").exists() != manifests
-    assert finetune.load_classifier(out / "last.pt").reading == reading
+    assert finetune.load_classifier(out / "last.pt").reading == wanted["reading"]
+    if recipe == "small":  # an earlier version did not weigh time by loudness, nor say head_reads
+        state = torch.load(out / "last.pt")
+        state |= {"reading": state.pop("head_reads"), "by_loudness": None}
+        torch.save(state, out / "old.pt")
+        with pytest.raises(UsageError, match="size mismatch for fc_norm"):
+            finetune.load_classifier(out / "old.pt")
 
 
 def test_fine_tuning_learns_and_the_classifier_predicts(esc, start_from, tmp_path, capsys):
@@ -2111,17 +2006,6 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, start_from, tmp_pat
     assert "%  chainsaw" in said.out and said.err.count("nowhere.wav: no such file") == 1
 
 
-def test_several_labels_a_clip_get_binary_cross_entropy(start_from, esc, tmp_path, capsys):
-    out, small_recipe = tmp_path / "out", ["--recipe=small", "--frames=64"]
-    assert fine(make_manifests(tmp_path / "as"), out, start_from, *small_recipe) == 0
-    used = results(out, "recipe")
-    assert (used["loss"], used["label_smoothing"]) == ("bce", 0.0)
-    assert results(out)["fine-tuned"]["eval"]["metric"] == "mAP"
-    # And a run does not go on with other classes.
-    assert fine(esc, out, start_from, *small_recipe, "--resume") == 2
-    assert "not the classes that the run in" in capsys.readouterr().err
-
-
 def test_a_classifier_survives_export(tuned, tmp_path):
     model, x = finetune.load_classifier(tuned / "last.pt"), torch.ones(1, 1, 64, 128)
     for target, close in (("hf", {}), ("one.safetensors", dict(atol=0.02, rtol=0.02))):
@@ -2136,10 +2020,12 @@ def test_a_classifier_survives_export(tuned, tmp_path):
 
 @linux
 def test_fine_tuning_that_is_stopped_resumes_exactly(esc, start_from, tuned, tmp_path):
-    """In its second fold, which then starts again, or while the first is tested: it is kept."""
+    """In its second fold, which then starts again; while the first is tested, or when its result
+    is told: that fold is kept."""
     cases = [(f"at(finetune, 'augmented', 14, send({number}))", status)
              for number, status in ((15, 143), (2, 130), (9, -9))]
-    cases.append(("at(finetune, 'evaluate', 1, send(15))", 143))
+    told = "finetune.print = lambda said, *_, **more: said.startswith('fold 1:') and send(9)()"
+    cases += [("at(finetune, 'evaluate', 1, send(15))", 143), (told, -9)]
     outs = [tmp_path / str(k) for k in range(len(cases))]
     run = [f"--data={esc}", *FINE, start_from, "--steps=12"]
     found = driven(tmp_path, *((hook, "finetune", [*run, f"--out={out}", "--workers=2"])
@@ -2158,7 +2044,7 @@ def test_fine_tuning_that_is_stopped_resumes_exactly(esc, start_from, tuned, tmp
 
 @pytest.mark.parametrize("mode", ["linear", "knn"])
 def test_frozen_features_are_probed(mode, esc, start_from, tmp_path, capsys):
-    more = [f"--mode={mode}", "--neighbours=1"]
+    more = [f"--mode={mode}", "--neighbours=1", f"--seed={10**18}"]
     assert fine(esc, tmp_path / "out", start_from, *more) == 0
     found = results(tmp_path / "out")
     assert found.keys() == {"patches", "CLS", "mean of patches", "no network",
@@ -2191,14 +2077,14 @@ def test_shots_tell_what_few_labels_give(esc, start_from, tmp_path):
 @torch.no_grad()
 def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
     torch.manual_seed(0)
-    for k, length in enumerate((2880, 4800, 10_240, 10_480, 105_000)):
+    for k, length in enumerate((400, 5359, 5360, 10_240, 10_480, 105_000)):
         write(tmp_path / f"{k}.wav", 0.1 * torch.randn(length).numpy(), kind="FLOAT")
     (tmp_path / "zz.wav").write_text("no sound")
     where, found = [str(tmp_path), start_from, f"--out={tmp_path}/new/x", *CPU_FLAGS], []
     for more in ([], ["--frames"]):
         assert finetune.main(["embed", *where, *more]) == 0
         found.append(dict(np.load(tmp_path / "new/x.npz")))
-        assert [Path(path).name for path in found[-1]["paths"]] == [f"{k}.wav" for k in range(5)]
+        assert [Path(path).name for path in found[-1]["paths"]] == [f"{k}.wav" for k in range(6)]
     files, rows = found
     encoder = eat.load_encoder(start_from.removeprefix("--checkpoint="))
     c = encoder.config
@@ -2211,7 +2097,7 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
             x = spectrogram(window[None], torch.tensor([len(window)]), steps * 16, c.mean, c.std)
             yield len(window), *slow_reading(encoder, x)
 
-    for k, count in enumerate((1, 1, 3, 4, 41)):
+    for k, count in enumerate((1, 1, 2, 3, 4, 41)):  # of 16 frames; 5,360 samples fill two
         wave = load_audio(tmp_path / f"{k}.wav")
         lengths, _, readings = zip(*slow(wave, 81_920))  # as probing does: 5.12 s
         for name in readings[0]:
@@ -2225,10 +2111,10 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
         np.testing.assert_allclose(rows["seconds"][mine], seconds, atol=1e-6)
         np.testing.assert_allclose(rows["features"][mine], features, atol=1e-5)
 
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def test_look_draws_a_clip_and_what_an_encoder_makes_of_it(start_from, tmp_path):
     clip, out = str(tone(tmp_path / "a.wav")), tmp_path / "look.png"
     for more in ([], [start_from, f"--seed={10**20}"]):
@@ -2241,10 +2127,6 @@ def test_look_draws_a_clip_and_what_an_encoder_makes_of_it(start_from, tmp_path)
     centres = torchaudio.compliance.kaldi.get_mel_banks(*size)[1].flatten()
     want = np.interp([125, 500, 1000, 2000, 4000], centres, np.arange(128) + 0.5)
     assert axes.get_yticks() == pytest.approx(want, abs=0.05)
-
-
-@torch.no_grad()
-def test_look_knows_where_CLS_attends(start_from):
     encoder = eat.load_encoder(start_from.removeprefix("--checkpoint="))
     x, attention = torch.randn(1, 1, 64, 128), encoder.blocks[-1].attn
     found = finetune.cls_attention(encoder, x)
@@ -2262,7 +2144,6 @@ def test_plot_draws_the_learning_curves(whole_run, tmp_path, capsys):
     assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
     log.write_text("")
     refused(eat.main, ["plot", tmp_path], "nothing in it yet", capsys)
-
 
 # ---- Whatever ends a run, it ends; nothing is lost or mixed up in silence ------------------------
 
@@ -2365,6 +2246,7 @@ def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_pa
 
     deleted = third(f"shutil.rmtree('{outs}/deleted', ignore_errors=True)")
     a_file = third(f"(shutil.rmtree('{outs}/file'), open('{outs}/file', 'w').close())")
+    silent = write(tmp_path / "silent.wav", np.zeros(20_000))
     endless = run("unmounted", "--steps=100000", data=tmp_path / "sound")
     packed = ["pack", str(sounds), f"{tmp_path}/packed", "--workers=2"]
     cases = [
@@ -2372,6 +2254,7 @@ def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_pa
         (deleted, "eat", flags(sounds, outs / "deleted", "--workers=2"), 0, "the encoder is in"),
         (a_file, "eat", run("file"), 1, "--resume goes on from there"),
         (moved("sound"), "eat", endless, 2, "no clip is left to use"),
+        ("", "eat", run("silent", data=silent), 2, "no clip is left to use"),
         (moved("probe"), "eat", run("probed", f"--probe={tmp_path}/probe"), 2,
          "no clip can be read"),
         ("at(data.SoundFiles, 'read', 35, send(9))", "eat", run("killed"), 1, "Run it again"),
@@ -2384,6 +2267,7 @@ def test_what_goes_wrong_during_a_run_is_one_line(sounds, esc, whole_run, tmp_pa
     assert "eat.py: could not save to" in found[2][1]
     assert weights(outs / "unmounted")[0] == logged(outs / "unmounted")[-1]["step"] >= 3
     assert weights(outs / "probed")[0] == 8  # nothing computed is lost
+    assert not (outs / "silent/last.pt").exists()  # nothing was computed
     assert same_runs(outs / "deleted", whole_run)
 
 
@@ -2417,7 +2301,6 @@ def test_a_signal_at_any_moment_saves_and_a_run_resumes_exactly(sounds, whole_ru
 
 
 @linux
-@full_disk
 def test_a_run_goes_on_without_its_output(sounds, whole_run, tmp_path):
     run = f"{sys.executable} eat.py $0 $@"
     ways = [f"set -o pipefail; {run} | head -1", f"{run} > /dev/full 2>&1", f"{run} 2>&-",
@@ -2429,24 +2312,6 @@ def test_a_run_goes_on_without_its_output(sounds, whole_run, tmp_path):
         assert same_runs(tmp_path / str(k), whole_run)
     notebook = "import data, io, sys; sys.stdout = io.StringIO(); data.run('a notebook', list)"
     assert "rror" not in end_of(start("-c", notebook), 0)
-
-
-def test_fine_tuning_saves_a_fold_before_it_speaks_of_it(esc, start_from, tmp_path, monkeypatch):
-    def silent(*texts, **_):
-        if texts[0].startswith("fold 1"):
-            raise BrokenPipeError("nobody listens")
-
-    monkeypatch.setattr("builtins.print", silent)
-    assert fine(esc, tmp_path, start_from) == 1
-    assert list(torch.load(tmp_path / "last.pt")["done"]) == ["fold 1"]
-
-
-def test_what_does_not_divide_is_refused_before_workers_start(sounds, whole_run, tmp_path, capsys):
-    out = shutil.copytree(whole_run, tmp_path / "out")
-    for run in (flags(sounds, out, "--resume", "--accumulate=3", "--workers=2"),
-                ["bench", "--batch-size=3", "--accumulate=2", *SMALL_FLAGS]):
-        refused(eat.main, run, "must be a multiple of", capsys)
-    assert not multiprocessing.active_children()
 
 
 @linux
@@ -2469,8 +2334,8 @@ def test_only_one_process_writes_into_a_folder(several, sounds, whole_run, tmp_p
         assert (packed / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
-def test_all_folds_start_from_one_checkpoint(esc, whole_run, tuned, tmp_path, monkeypatch, capsys):
-    """It is replaced between the folds. And a run goes on only as it began."""
+def test_all_folds_start_from_one_checkpoint(esc, whole_run, tuned, tmp_path, monkeypatch):
+    """It is replaced between the folds."""
     used, evaluate = tmp_path / "used.pt", finetune.evaluate
     shutil.copy(whole_run / "last.pt", used)
     model = {f"student.{name}": x for name, x in Encoder(small()).state_dict().items()}
@@ -2486,9 +2351,6 @@ def test_all_folds_start_from_one_checkpoint(esc, whole_run, tuned, tmp_path, mo
     used.unlink()  # a run that goes on has it
     again = [f"--data={esc}", f"--out={tmp_path}", *FINE, *run, "--resume"]
     assert finetune.main(again) == 0 and results(tmp_path) == results(tuned)
-    for more, says in ((["--checkpoint=other.pt"], "--checkpoint other.pt"),
-                       (["--lr=0.5"], "--lr 0.5")):
-        refused(finetune.main, [*again, *more], says, capsys)
 
 
 @pytest.mark.parametrize("mode", ["finetune", "linear", "knn", "linear --shots=1", "probe"])
@@ -2507,14 +2369,6 @@ def test_nothing_to_test_on_is_one_line(mode, sounds, start_from, tmp_path, caps
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 
-def test_clips_of_no_weight_are_none_to_train_on(start_from, tmp_path, capsys):
-    folder = make_manifests(tmp_path / "as")  # their weights are 0, 0, 1 and 3
-    for k in (2, 3):
-        (folder / f"{k}.wav").write_text("no sound")
-    run = [f"--data={folder}", f"--out={tmp_path}/out", *FINE, start_from, "--weighted"]
-    refused(finetune.main, run, "no clip to train on", capsys)
-
-
 def test_a_batch_of_broken_clips_alone_is_passed_over(start_from, tmp_path):
     folder = make_esc(tmp_path / "esc")
     broken = folder / "audio/2-1000-A-41.wav"
@@ -2522,8 +2376,7 @@ def test_a_batch_of_broken_clips_alone_is_passed_over(start_from, tmp_path):
     more = ["--fold=1", "--batch-size=1", "--steps=9"]
     assert fine(folder, tmp_path / "out", start_from, *more) == 0
     assert weights(tmp_path / "out")[0] == 9
-    found = json.loads((tmp_path / "out/results.json").read_text())
-    assert list(found["skipped"]) == [str(broken)]
+    assert list(results(tmp_path / "out", "skipped")) == [str(broken)]
 
 
 @linux
@@ -2541,34 +2394,27 @@ def test_predict_prints_any_name_on_any_terminal(esc, tuned, tmp_path):
 @linux
 def test_open_files_do_not_grow_with_the_clips():
     """A tensor that came from a worker holds a file open for as long as it lives."""
-    count = []
-
-    def read(_, x, steps):
-        count.append(len(os.listdir("/proc/self/fd")))
-        return {"loudness": x.mean((1, 2, 3))[:, None]}
-
-    machine = eat.Machine(device="cpu", workers=1)
-    eat.features(None, small(), waves(size=384), range(384), machine, read)
+    machine, count = eat.Machine(device="cpu", workers=1), []
+    eat.features(None, small(), open_clips("demo", 64), range(384), machine, lambda _, x, steps: (
+        count.append(len(os.listdir("/proc/self/fd"))) or {"loudness": x.mean((1, 2, 3))[:, None]}))
     assert len(count) == 12 and count[-1] - count[3] < 4, count
 
 
-def test_a_run_goes_on_with_other_files_and_says_so(sounds, tmp_path, capsys):
-    for change in ("added", "removed"):
-        folder, out = shutil.copytree(sounds, tmp_path / change), tmp_path / f"out {change}"
-        assert eat.main(flags(folder, out, "--save-every=3")) == 0
+def test_a_run_goes_on_with_other_files_and_says_so(sounds, whole_run, tmp_path, capsys):
+    for change, clips in (("added", 30), ("removed", 24)):
+        folder, out = (shutil.copytree(path, tmp_path / change / path.name)
+                       for path in (sounds, whole_run))
         os.replace(out / "previous.pt", out / "last.pt")
         if change == "added":
             tone(folder / "more.wav")
         else:
             (folder / "03.wav").unlink()
-        capsys.readouterr()
         assert eat.main(flags(folder, out, "--resume")) == 0
         said = capsys.readouterr().err
-        assert said.count("warning") == 1 and "the run began with 26 clips, and now has" in said
-        assert ("now has 24" in said) == (change == "removed")
+        assert said.count("warning") == 1
+        assert f"the run began with 26 clips, and now has {clips}:" in said
         assert [line["step"] for line in logged(out)] == list(range(1, 9))
         assert weights(out)[0] == 8
-
 
 # ---- CUDA, as far as it goes without a card ------------------------------------------------------
 
@@ -2629,21 +2475,16 @@ def test_pre_training_is_one_graph_that_is_compiled_once(drawn):
 
 
 @pytest.mark.parametrize("reading", ["CLS", "patches"])
-def test_scores_are_not_rounded_to_16_bits(reading):
-    model = Classifier(Encoder(small()), 3, reading=reading).eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        scores = model(torch.randn(8, 1, 64, 128))
-    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
-
-
-@pytest.mark.parametrize("reading", ["CLS", "patches"])
-def test_fine_tuning_is_one_graph_for_training_and_one_for_testing(reading):
+def test_a_classifier_is_two_graphs_and_its_scores_are_not_rounded_to_16_bits(reading):
     model = Classifier(Encoder(small()), 3, 0.1, reading)
     net, counter = counted(model)
     for training in (True, True, False, True, False, True):
         model.train(training)
         net(torch.randn(2, 1, 64, 128), torch.tensor([2, 4])).sum().backward()
-    assert counter.frame_count == 2
+    assert counter.frame_count == 2  # for training, and for testing
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = model.eval()(torch.randn(8, 1, 64, 128))
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
 
 
 def test_a_compiler_that_fails_is_one_line(sounds, tmp_path, monkeypatch, capsys):
@@ -2653,7 +2494,6 @@ def test_a_compiler_that_fails_is_one_line(sounds, tmp_path, monkeypatch, capsys
     assert eat.main(flags(sounds, tmp_path / "out", *small)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "torch.compile failed" in said and "/nowhere/g++" in said and "--no-compile" in said
-
 
 # ---- CUDA, with a card ---------------------------------------------------------------------------
 
@@ -2686,37 +2526,32 @@ def stepper(machine):
     return model, step
 
 
-def test_cuda_graphs_are_for_one_card_and_for_batches_in_one_part(tmp_path, monkeypatch):
+def test_a_batch_in_parts_is_one_line_of_means_and_has_no_cuda_graphs(tmp_path, monkeypatch):
     """A gradient that is kept over calls would be overwritten by the next one's graph."""
-    asked, modes, prepare = [], [], eat.Machine.prepare
-    monkeypatch.setattr(eat.Machine, "prepare",
-                        lambda self, model, graphs=False: asked.append(graphs) or model)
+    asked, found, modes, prepare = [], [], [], eat.Machine.prepare
+
+    def noted(self, model, graphs=False):
+        def net(x, mask):
+            found.append(model(x, mask))
+            return found[-1]
+
+        asked.append(graphs)
+        return net
+
+    monkeypatch.setattr(eat.Machine, "prepare", noted)
     for parts in (1, 2):
-        train(tmp_path / str(parts), machine_of(), waves(), steps=1, accumulate=parts)
+        train(tmp_path / str(parts), machine_of(), waves(), steps=2, accumulate=parts)
     assert asked == [True, False]
+    for line, parts in zip(logged(tmp_path / "2"), (found[2:4], found[4:]), strict=True):
+        for name, first in parts[0].items():
+            mean = (first.item() + parts[1][name].item()) / 2
+            assert line[name] == pytest.approx(mean, rel=1e-6) and first != parts[1][name]
     monkeypatch.setattr(torch, "compile", lambda model, mode, **_: modes.append(mode))
     machine = machine_of(compile=True)
     for device, graphs in (("cpu", True), ("cuda", False), ("cuda", True)):
         machine.device = torch.device(device)
         prepare(machine, None, graphs)
     assert modes == [None, None, "reduce-overhead"]
-
-
-def test_the_log_has_the_means_over_the_parts_of_a_batch(tmp_path, monkeypatch):
-    found = []
-
-    def prepare(self, model, graphs=False):
-        def net(x, mask):
-            found.append(model(x, mask))
-            return found[-1]
-        return net
-
-    monkeypatch.setattr(eat.Machine, "prepare", prepare)
-    train(tmp_path, machine_of(), waves(), steps=2, accumulate=2)
-    for line, parts in zip(logged(tmp_path), (found[:2], found[2:]), strict=True):
-        for name, first in parts[0].items():
-            mean = (first.item() + parts[1][name].item()) / 2
-            assert line[name] == pytest.approx(mean, rel=1e-6) and first != parts[1][name]
 
 
 @cuda
@@ -2783,7 +2618,7 @@ def test_a_step_never_waits_for_the_card_nor_grows(precision):
 
 @cuda
 @pytest.mark.parametrize("more", ["--device=cuda", "--device=cpu", "--device=cuda --compile"])
-def test_a_run_on_a_card_with_workers_resumes_there_and_on_the_cpu(more, sounds, tmp_path, capsys):
+def test_a_run_on_a_card_with_workers_resumes_there_and_on_the_cpu(more, sounds, tmp_path):
     torch.zeros(1, device="cuda")  # workers are forked after CUDA began
     whole, half = tmp_path / "whole", tmp_path / "half"
     card = ["--device=cuda", "--workers=2", "--save-every=4", "--no-compile"]
@@ -2795,8 +2630,6 @@ def test_a_run_on_a_card_with_workers_resumes_there_and_on_the_cpu(more, sounds,
     assert step == other == 8 and all(x.isfinite().all() for x in b.values())
     if more == "--device=cuda":  # the others draw other noise
         assert relative_error(joined(b.values()), joined(a.values())) < 1e-3
-        with capsys.disabled():
-            print("\nresumed bit by bit:", same_runs(whole, half))
 
 
 @cuda
