@@ -35,14 +35,14 @@ from tqdm import tqdm
 SAMPLE_RATE = 16000
 WINDOW, SHIFT, FFT = 400, 160, 512  # samples: 25 ms every 10 ms, padded to a power of two
 MEL_BINS = 128
-AUDIO_ENDINGS = (".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .snd .caf .w64 "
-                 ".rf64").split()
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au",
+                 ".snd", ".caf", ".w64", ".rf64")
 
 # Mean and standard deviation of the log-mel spectrogram, as the release has them.
 STATS = {"audioset": (-4.268, 4.569), "esc50": (-6.627, 5.359), "spc2": (-6.846, 5.565)}
 
 
-class UsageError(ValueError):
+class UsageError(Exception):
     """Something the user can mend: one line, exit status 2."""
 
 
@@ -59,13 +59,9 @@ def printable(name):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
-def describe_few(names, most=3):
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(printable, names[:most])) + more
-
-
-def describe_skipped(skipped):
-    return describe_few([f"{path} ({reason})" for path, reason in skipped.items()])
+def describe_skipped(skipped, most=3):
+    named = [printable(f"{path} ({reason})") for path, reason in list(skipped.items())[:most]]
+    return ", ".join(named) + (f" and {len(skipped) - most} more" if len(skipped) > most else "")
 
 # ---- Reading sound -------------------------------------------------------------------------------
 
@@ -145,19 +141,14 @@ def _mel_banks(device):
     return F.pad(banks, (0, 1)).T.to(device)  # (257, 128); the Nyquist bin belongs to no band
 
 
-def as_float(waveforms):
-    """int16 samples are packed ones, in units of 1 / 32768."""
-    return waveforms / 32768 if waveforms.dtype == torch.int16 else waveforms
-
-
 def fbank(waveforms):
-    """(B, samples) at 16 kHz, float or int16 -> (B, frames, 128) log-mel energies.
+    """(B, samples) at 16 kHz -> (B, frames, 128) log-mel energies.
 
     Equals torchaudio.compliance.kaldi.fbank(htk_compat=True, sample_frequency=16000,
     use_energy=False, window_type="hanning", num_mel_bins=128, dither=0, frame_shift=10) of each
     row. The release takes a clip's mean off first. As each window's own comes off here, that
     changes nothing."""
-    x = as_float(waveforms).unfold(1, WINDOW, SHIFT)  # (B, frames, 400)
+    x = waveforms.unfold(1, WINDOW, SHIFT)  # (B, frames, 400)
     x = x - x.mean(dim=2, keepdim=True)
     previous = torch.cat([x[..., :1], x[..., :-1]], dim=2)
     window = torch.hann_window(WINDOW, periodic=False, device=x.device)
@@ -222,7 +213,7 @@ def measure_stats(clips, most=1000):
 
 
 class Batch(typing.NamedTuple):
-    waveforms: torch.Tensor  # (B, samples), zeros at the end; int16 where no row is float
+    waveforms: torch.Tensor  # (B, samples), zeros at the end
     lengths: torch.Tensor  # (B,): how many samples are sound
     numbers: torch.Tensor  # (B,) of the clips
     skipped: dict  # what could not be used: path -> reason
@@ -233,13 +224,14 @@ class Clips(Dataset):
     becomes several clips, the last of which ends with it; or the beginnings of some of its `files`.
 
     A source (SoundFiles, Pack, Demo) has the `names` of its files, their `lengths` in samples, 0
-    where one cannot be read, and read(file, start, count): 1-D float32 or int16, at 16 kHz."""
+    where one cannot be read, and read(file, start, count): 1-D float32, at 16 kHz."""
 
     def __init__(self, source, frames, files=None):
         self.source, self.frames, self.samples = source, frames, clip_samples(frames)
         self.packed = source.packed
         self.skipped = {}  # what was left out so far: path -> reason
         self.replace = files is None  # does another clip take the place of one of no use?
+        self.silence = files is not None  # may a clip be silent?
         if files is None:
             pieces = np.ceil(source.lengths / self.samples).astype(np.int64)
             self.file = np.repeat(np.arange(len(pieces), dtype=np.int32), pieces)
@@ -262,7 +254,7 @@ class Clips(Dataset):
         if len(waveform) < WINDOW:
             raise AudioError(self.name(number), "shorter than a window of 25 ms")
         low, high = waveform.aminmax()
-        if self.replace and high.item() - low.item() < 2e-5:  # the release keeps silence
+        if not self.silence and high.item() - low.item() < 2e-5:  # the release keeps silence
             raise AudioError(self.name(number), "a clip of it is silent")
         return waveform
 
@@ -281,32 +273,21 @@ class Clips(Dataset):
                     skipped[error.path] = error.reason
             if self.replace and not used:
                 break  # none of all the clips can be used
-        short = all(row.dtype == torch.int16 for row in rows)
-        waveforms = torch.zeros(len(rows), self.samples, dtype=torch.int16 if short else None)
+        waveforms = torch.zeros(len(rows), self.samples)
         for waveform, row in zip(waveforms, rows):
-            waveform[: len(row)] = row if short else as_float(row)
-        waveforms = shared(waveforms)
+            waveform[: len(row)] = row
         lengths = torch.tensor([len(row) for row in rows])
-        return Batch(waveforms, lengths, torch.tensor(used), skipped)
+        return Batch(shared(waveforms), lengths, torch.tensor(used), skipped)
 
     def advice(self):
-        """A remark on the length of a clip, where most are much shorter, or where only the
-        beginnings of longer files are used."""
-        lengths = []
-        for number in np.linspace(0, len(self) - 1, min(100, len(self))).astype(int):
-            with contextlib.suppress(AudioError):
-                place = self.file[number], self.start[number]
-                lengths.append(len(self.source.read(*place, 2 * self.samples)))
-        median = np.median(lengths or [self.samples])
-        frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
-        if median < 0.6 * self.samples:
-            return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
-                    f"and the rest of them is padding: try --frames {frames}")
-        if median > 1.5 * self.samples and not self.replace:
-            seconds = 1.5 * self.samples / SAMPLE_RATE
-            return (f"; half of the files are longer than {seconds:.2f} s, and of each only the "
-                    "beginning is used: see --frames")
-        return ""
+        """A remark where most clips are much shorter than they may be."""
+        chosen = np.linspace(0, len(self) - 1, min(100, len(self))).astype(int)
+        lengths = self[chosen.tolist()].lengths
+        if not len(lengths) or lengths.median() >= 0.6 * self.samples:
+            return ""
+        frames = 16 * math.ceil(count_frames(max(lengths.median().item(), 3000)) / 16)
+        return (f"; half of the clips hold no more than {lengths.median() / SAMPLE_RATE:.2f} s of "
+                f"sound, and the rest of them is padding: try --frames {frames}")
 
 
 def shared(x):
@@ -363,40 +344,37 @@ def find_audio(path):
     """The sound files that `path` stands for: a folder, searched recursively, and sorted; a sound
     file; or a list, a path a line, or the release's manifest (first line the root folder, then
     `path<tab>samples`). Raises AudioError where there are none."""
-    if not os.path.exists(path):
-        raise AudioError(path, "no such file or folder; expected a folder of sound, a sound file, "
-                               "or a list of files")
     if os.path.isdir(path):
         found, seen = [], set()
         for folder, below, names in os.walk(path, onerror=_warn, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # links may lead in circles
+            if os.path.realpath(folder) in seen:  # links may lead in circles
                 below.clear()
                 continue
-            seen.add(real)
+            seen.add(os.path.realpath(folder))
             below.sort()  # whichever way leads to a folder first
             found += [os.path.join(folder, name) for name in names
-                      if os.path.splitext(name)[1].lower() in AUDIO_ENDINGS]
-        if not found:
-            raise AudioError(path, f"no sound in it; looked for {' '.join(AUDIO_ENDINGS)}")
-        return sorted(found)
-    if os.path.splitext(path)[1].lower() in AUDIO_ENDINGS:
-        return [path]
-    lines = [line.split("\t")[0] for line in read_lines(path)]
-    root = os.path.dirname(path)
-    if lines and os.path.isdir(os.path.join(root, lines[0])):
-        root = os.path.join(root, lines.pop(0))
-    if not lines:
-        raise AudioError(path, "an empty list")
-    return [os.path.join(root, line) for line in lines]
+                      if name.lower().endswith(AUDIO_ENDINGS)]
+        found.sort()
+    elif path.lower().endswith(AUDIO_ENDINGS):
+        found = [path]
+    else:
+        root, found = os.path.dirname(path), [line.split("\t")[0] for line in read_lines(path)]
+        if found and os.path.isdir(os.path.join(root, found[0])):
+            root = os.path.join(root, found.pop(0))
+        found = [os.path.join(root, name) for name in found]
+    if not found:
+        raise AudioError(path, f"no sound in it; looked for {' '.join(AUDIO_ENDINGS)}")
+    return found
 
 
 def read_lines(path):
     """The lines of a text file that are not empty, whatever ends them; no byte-order mark."""
     try:
         return [line for line in Path(path).read_text("utf-8-sig").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise AudioError(path, "no such file or folder") from None
     except (OSError, UnicodeDecodeError):
-        raise AudioError(path, "cannot be read: no folder, no sound, no text") from None
+        raise AudioError(path, "no folder, no sound, and no text that can be read") from None
 
 
 def open_clips(path, frames, seed=0, training=False):
@@ -435,18 +413,12 @@ def part_size(batch_size, parts):
     return batch_size // parts
 
 
-def shares(numbers, batch_size, accumulate=1, rank=0, world=1):
-    """The stream of clip numbers cut into batches -> those of process `rank`, in equal parts.
-    Raises UsageError, at once: in a loader it would come when its workers run already."""
-    size = part_size(batch_size, accumulate * world)
-
-    def parts():
-        while True:
-            mine = list(itertools.islice(numbers, batch_size))[rank::world]
-            for start in range(0, len(mine), size):
-                yield mine[start : start + size]
-
-    return parts()
+def shares(numbers, batch_size, size, rank=0, world=1):
+    """The stream of clip numbers cut into batches -> those of process `rank`, `size` by `size`."""
+    while True:
+        mine = list(itertools.islice(numbers, batch_size))[rank::world]
+        for start in range(0, len(mine), size):
+            yield mine[start : start + size]
 
 
 @contextlib.contextmanager
@@ -534,7 +506,6 @@ class Pack:
         self.lengths = np.diff(self.ends, prepend=0)
 
     def read(self, file, start, count):
-        """int16, or float32 where the file's unit is another than 1 / 32768."""
         if self.names[file] in self.skipped:
             raise AudioError(self.names[file], self.skipped[self.names[file]])
         first = self.ends[file] - self.lengths[file] + start
@@ -546,8 +517,7 @@ class Pack:
             raise AudioError(self.path, f"samples: {error.strerror}") from None
         if len(samples) < count:
             raise AudioError(self.path, "samples: ends before pack.json says")
-        samples, unit = torch.from_numpy(samples), self.units[file].item()
-        return samples if unit == 1 / 32768 else samples * unit
+        return torch.from_numpy(samples) * self.units[file].item()
 
 # ---- Demo: sound events made on the fly ----------------------------------------------------------
 
@@ -607,12 +577,15 @@ class Labelled:
     clips: Clips
     labels: list  # of every clip: a tuple of class numbers
     classes: list  # names
-    folds: dict  # name -> (train, test), tensors of clip numbers
-    notes: list = dataclasses.field(default_factory=list)  # what does not fit, a line each
+    places: np.ndarray  # of every clip: "train", or the name of the fold that alone tests on it
     weights: torch.Tensor = None  # of every clip, for weighted sampling
 
     def __post_init__(self):
         self.multi_label = self.kind == "AudioSet manifests"
+        self.folds = {}  # name -> (train, test), tensors of clip numbers
+        for fold in sorted(set(self.places.tolist()) - {"train"}):
+            parts = self.places != fold, self.places == fold
+            self.folds[fold] = tuple(torch.from_numpy(np.flatnonzero(part)) for part in parts)
 
     def split(self, fold, used):
         """Which of the clips `used` a fold trains on, and which it tests on. Raises UsageError."""
@@ -621,18 +594,6 @@ class Labelled:
             raise UsageError(f"{fold}: no clip to train on, or none to test on, can be read; "
                              + describe_skipped(self.clips.skipped))
         return train, test
-
-    def check_clips(self, fold):
-        """Raise UsageError where no clip to train on, or none to test on, can be read."""
-        for numbers in self.folds[fold]:
-            for number in numbers.tolist():
-                batch = self.clips[[number]]
-                self.clips.skipped |= batch.skipped
-                if len(batch.numbers):
-                    break
-            else:
-                raise UsageError(f"{fold}: no clip to train on, or none to test on, can be read; "
-                                 + describe_skipped(self.clips.skipped))
 
     def targets(self, numbers):
         """-> (clips, classes), 1 where a clip has a class."""
@@ -652,61 +613,41 @@ def open_labelled(path, frames, esc10=False, seed=0):
     """A labelled data set, known by what lies in its folder -> Labelled. Raises AudioError."""
     if path == "demo":
         demo = Demo(frames, seed, size=1200, held_out=True)
-        tested = torch.from_numpy(stratified_fifth(demo.labels, seed))
-        folds = {"held-out fifth": ((~tested).nonzero().flatten(), tested.nonzero().flatten())}
+        places = np.where(stratified_fifth(demo.labels, seed), "held-out fifth", "train")
         labels = [(label,) for label in demo.labels.tolist()]
-        return Labelled("demo", Clips(demo, frames, range(1200)), labels, demo.classes, folds)
+        clips = Clips(demo, frames, range(1200))
+        return Labelled("demo", clips, labels, demo.classes, places)
     source = Pack(path) if os.path.exists(os.path.join(path, "pack.json")) else None
     if source:  # the labels are where the sound was packed from
         path = source.source
     if not os.path.isdir(path):
         raise AudioError(path, "no such folder; expected a labelled data set, a pack of one, or "
                                "'demo'")
-    for opener, signs in (
-        (_esc, ["meta/esc50.csv", "audio"]),
-        (_speech_commands, ["validation_list.txt", "testing_list.txt"]),
-        (_manifests, ["train.tsv", "train.lbl", "eval.tsv", "eval.lbl", "label_descriptors.csv"]),
-        (_class_folders, []),
-    ):
-        if all(os.path.exists(os.path.join(path, sign)) for sign in signs):
+    for sign, opener in (("meta/esc50.csv", _esc), ("testing_list.txt", _speech_commands),
+                         ("label_descriptors.csv", _manifests), ("", _class_folders)):
+        if os.path.exists(os.path.join(path, sign)):
             break
     try:
         kind, rows, classes, *weights = opener(path, esc10, seed)
         number = {name: k for k, name in enumerate(classes)}
         labels = [tuple(number[label] for label in names) for _, names, _ in rows]
-    except AudioError:
-        raise
     except (LookupError, TypeError, ValueError, csv.Error) as error:
-        raise AudioError(path, f"the files that list its labels ({', '.join(signs)}) are not in "
-                               f"their form: {error!r}") from None
+        raise AudioError(path, f"the lists of labels are not in their form: {error!r}") from None
     names = [os.path.abspath(name) for name, _, _ in rows]
-    if not source:
-        source = SoundFiles(list(filter(os.path.isfile, dict.fromkeys(names))))
+    source = source or SoundFiles([name for name in names if os.path.isfile(name)])
     file_of = {name: k for k, name in enumerate(source.names)}
-    keep = [k for k, name in enumerate(names) if name in file_of and labels[k]]
-    missing = sorted(set(names) - file_of.keys())
-    notes = []
-    if missing:
-        notes.append(f"{len(missing)} labels have no clip: {describe_few(missing)}")
+    keep = [k for k, name in enumerate(names) if name in file_of]
     places = np.array([rows[k][2] for k in keep])
-    folds = {}
-    for fold in sorted(set(places.tolist()) - {"train", "validation"}):
-        tested = places == fold
-        trained = ~tested if kind.startswith("ESC") else places == "train"
-        folds[fold] = tuple(torch.from_numpy(np.flatnonzero(part)) for part in (trained, tested))
-    if not folds or not all(len(train) for train, _ in folds.values()):
+    if len(np.unique(places)) < 2:
         raise AudioError(path, f"{kind}: no clips to train on, or to test on (one fold or none)")
-    absent = [str(k) for k in range(1, 6) if f"fold {k}" not in folds]
-    if absent and kind.startswith("ESC"):
-        notes.append(f"no clips of fold {', '.join(absent)}: not five folds")
     clips = Clips(source, frames, [file_of[names[k]] for k in keep])
+    clips.skipped = {name: "no such file" for name in names if name not in file_of}
     weights = weights[0][keep] if weights else None
-    return Labelled(kind, clips, [labels[k] for k in keep], classes, folds, notes, weights)
+    return Labelled(kind, clips, [labels[k] for k in keep], classes, places, weights)
 
 
-# Each opener -> kind, rows of (path, names of its classes, place), and the names of all classes. A
-# place is "train", "validation" (left alone), or the name of the fold that tests on the clip; of
-# ESC all other folds train on it.
+# Each opener -> kind, rows of (path, names of its classes, place as in Labelled), and the names of
+# all classes.
 
 
 def _esc(path, esc10, _):
@@ -722,13 +663,14 @@ def _esc(path, esc10, _):
 
 def _speech_commands(path, *_):
     """Speech Commands: a folder a word, and two lists; what is on neither is for training."""
-    place = {os.path.normpath(os.path.join(path, line.strip())): part
-             for name, part in (("validation", "validation"), ("testing", "test list"))
-             for line in read_lines(os.path.join(path, f"{name}_list.txt"))}
-    clips = _folders_of_classes(path)  # _background_noise_ is no class
-    rows = [(*clip, place.pop(os.path.normpath(clip[0]), "train")) for clip in clips]
-    rows += [(name, [], part) for name, part in place.items()]  # what is listed, but not there
-    return "Speech Commands", rows, sorted({word for _, (word,) in clips})
+    validation, tested = (set(read_lines(os.path.join(path, f"{part}_list.txt")))
+                          for part in ("validation", "testing"))  # lines of word/name.wav
+    rows = []
+    for name, words in _folders_of_classes(path):  # _background_noise_ is no class
+        listed = Path(name).relative_to(path).as_posix()
+        if listed not in validation:
+            rows.append((name, words, "test list" if listed in tested else "train"))
+    return "Speech Commands", rows, sorted({word for _, (word,), _ in rows})
 
 
 def _manifests(path, *_):
@@ -892,23 +834,16 @@ def lock(folder):
     """Make a folder, into which only one process at a time writes. The system itself lets go of the
     lock of one that has died."""
     make_folder(folder)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with open(os.path.join(folder, "lock"), "a+") as file:
+    with open(os.path.join(folder, "lock"), "w") as file:
         try:
+            import fcntl
+
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UsageError(f"{folder}: process {file.read().strip()} is writing into it; wait "
-                             "for it, or choose another folder") from None
-        except OSError:  # a file system that knows no locks
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process is writing into it; wait for it, or "
+                             "choose another folder") from None
+        except (ImportError, OSError):  # Windows, or a file system that knows no locks
             pass
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
         yield
 
 

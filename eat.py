@@ -43,7 +43,7 @@ from tqdm import tqdm
 # These are for the recipe and what follows it. The model needs torch alone.
 from data import (STATS, Clips, Parser, RunStopped, UsageError, count_frames, describe_skipped,
                   loading, lock, loudness, make_folder, measure_stats, open_clips, open_labelled,
-                  run, seed_of, shares, shuffled, spectrogram)
+                  part_size, run, seed_of, shares, shuffled, spectrogram)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -513,7 +513,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
         start_from(model, recipe.init)
     net = machine.prepare(model, graphs=recipe.accumulate == 1)
     order = shuffled(len(clips), recipe.seed, step * recipe.batch_size)
-    parts = shares(order, recipe.batch_size, recipe.accumulate, machine.rank, machine.world)
+    size = part_size(recipe.batch_size, recipe.accumulate * machine.world)
+    parts = shares(order, recipe.batch_size, size, machine.rank, machine.world)
     grid = (config.frames // PATCH, MEL_BINS // PATCH)
     parameters = list(model.parameters())  # once, as EAT.pairs
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite

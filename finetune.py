@@ -28,9 +28,9 @@ import torchaudio
 from torch import nn
 
 import eat
-from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, Parser, UsageError, as_float, describe_few,
-                  describe_skipped, loading, lock, loudness, make_folder, open_clips, open_labelled,
-                  part_size, printable, read_lines, run, seed_of, shares, shuffled, spectrogram)
+from data import (SAMPLE_RATE, SHIFT, STATS, WINDOW, Clips, Parser, UsageError, describe_skipped,
+                  loading, lock, loudness, make_folder, open_clips, open_labelled, part_size,
+                  printable, read_lines, run, seed_of, shares, shuffled, spectrogram)
 from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option
 
 # ---- The classifier ------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def augmented(waveforms, lengths, targets, config, recipe, rng):
     """A training batch -> spectrogram (B, 1, T, 128), the time steps that hold sound (B,), targets
     (B, classes). As in the release noise comes before mixup and SpecAugment, so that masked bands
     are exactly 0."""
-    waveforms, filled = as_float(waveforms), eat.time_steps(lengths, config.frames)
+    filled = eat.time_steps(lengths, config.frames)
     if recipe.roll:
         waveforms = roll_and_gain(waveforms, lengths, rng)
     x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
@@ -240,7 +240,8 @@ def metric(scores, targets, multi_label):
 
 
 def evaluate(scores, targets, classes, multi_label):
-    """-> {"metric", "value", "per_class", "note", and of one label a clip "confusion"}."""
+    """-> {"metric", "value", "per_class" (None for a class that has no clip, which counts nowhere),
+    and of one label a clip "confusion"}."""
     result = {"metric": "mAP" if multi_label else "accuracy",
               "value": metric(scores, targets, multi_label)}
     if multi_label:
@@ -251,9 +252,7 @@ def evaluate(scores, targets, classes, multi_label):
         each = confusion.diag() / confusion.sum(1)
         result["confusion"] = confusion.tolist()
     each = {name: None if math.isnan(x) else x for name, x in zip(classes, each.tolist())}
-    empty = [name for name, value in each.items() if value is None]
-    note = f"{len(empty)} classes have no clip to test on and are left out: {describe_few(empty)}"
-    return {**result, "per_class": each, "note": note if empty else ""}
+    return {**result, "per_class": each}
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------
 
@@ -273,44 +272,42 @@ def make_optimizer(model, recipe):
 
 
 def training_order(train, data, recipe, seed):
-    """The clips that training sees, without end."""
+    """The clips that training sees, as numbers among those of `train`, without end."""
     if recipe.weighted:
         generator = torch.Generator().manual_seed(seed_of(seed))
         weights = data.weights[train].double()
         while True:  # the release draws 200,000 at a time
-            drawn = torch.multinomial(weights, 200_000, replacement=True, generator=generator)
-            yield from train[drawn].tolist()
-    else:
-        for k in shuffled(len(train), seed):
-            yield train[k].item()
+            yield from torch.multinomial(weights, 200_000, True, generator=generator).tolist()
+    yield from shuffled(len(train), seed)
 
 
 def fit(model, data, fold, config, recipe, machine, log, caught):
     """Train a Classifier on one fold -> whether it got to the end, or a signal ended it."""
     device, train = machine.device, data.folds[fold][0]
+    clips = Clips(data.clips.source, config.frames, data.clips.file[train])
+    clips.skipped = data.clips.skipped
+    clips.replace = True  # what cannot be read, by another clip of the fold's
     # A fold draws the same with --fold as among the others.
     number = max(1, int(fold.removeprefix("fold "))) - 1 if fold.startswith("fold ") else 0
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
     net, parameters = machine.prepare(model), list(model.parameters())
     order = training_order(train, data, recipe, seed_of(recipe.seed, number))
-    parts = shares(order, recipe.batch_size, recipe.accumulate)
+    parts = shares(order, recipe.batch_size, part_size(recipe.batch_size, recipe.accumulate))
     step, bad_in_a_row, rows = 0, torch.zeros((), device=device), []
     model.train()
     with (contextlib.closing(log.bar),
-          loading(data.clips, parts, machine.workers, device) as batches):
+          loading(clips, parts, machine.workers, device) as batches):
         while step < recipe.steps and not caught:
             rng, losses = np.random.default_rng((recipe.seed, number, step)), []
             for _ in range(recipe.accumulate):
-                for batch in batches:
-                    data.clips.skipped |= batch.skipped
-                    if len(batch.numbers):
-                        break
-                    if caught:
-                        return False
-                    data.check_clips(fold)  # a small batch may be of broken clips alone
+                batch = next(batches)
+                clips.skipped |= batch.skipped
+                if not len(batch.numbers):
+                    raise UsageError(f"{fold}: no clip to train on can be read; "
+                                     + describe_skipped(batch.skipped))
                 waveforms = batch.waveforms.to(device, non_blocking=True)
                 lengths = batch.lengths.to(device, non_blocking=True)
-                targets = data.targets(batch.numbers.tolist()).to(device, non_blocking=True)
+                targets = data.targets(train[batch.numbers].tolist()).to(device, non_blocking=True)
                 x, filled, targets = augmented(waveforms, lengths, targets, config, recipe, rng)
                 torch.manual_seed(int(rng.integers(2**62)))  # DropPath's
                 with machine.autocast():
@@ -351,7 +348,6 @@ def fine_tune(data, start, config, recipe, machine, resumed):
     data.clips.skipped |= (resumed or {}).get("skipped", {})
     with eat.stop_signals() as caught:
         for fold in [fold for fold in data.folds if fold not in done]:
-            data.check_clips(fold)
             torch.manual_seed(seed_of(recipe.seed))
             encoder = Encoder(config)
             if start is not None:
@@ -371,8 +367,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
                      "head_reads": recipe.reading, "step": recipe.steps, "done": done,
                      "skipped": data.clips.skipped}
             eat.save_checkpoint(recipe.out, state, must=data.folds.keys() <= done.keys())
-            note = f" ({done[fold]['note']})" if done[fold]["note"] else ""
-            print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}{note}", flush=True)
+            print(f"{fold}: {done[fold]['metric']} {done[fold]['value']:.1%}", flush=True)
     return done
 
 # ---- Frozen features: linear probe and nearest neighbours ----------------------------------------
@@ -515,8 +510,8 @@ def summary(folds):
 def write_results(results, data, recipe, config):
     """results.json, and confusion.png where clips have one label each."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    said = json.dumps({"data": str(data), "notes": data.notes, "skipped": data.clips.skipped,
-                       "results": results, "recipe": vars(recipe), "config": vars(config),
+    said = json.dumps({"data": str(data), "skipped": data.clips.skipped, "results": results,
+                       "recipe": vars(recipe), "config": vars(config),
                        "command": sys.argv, "versions": versions}, indent=1, allow_nan=False)
     Path(recipe.out, "results.json").write_text(said)
     best = results.get("fine-tuned") or results["patches"]
@@ -555,7 +550,7 @@ def read_files(model, config, path, machine, read, every=None, average=False):
         config = dataclasses.replace(config, frames=min(config.frames, frames),
                                      mask_ratio=EATConfig.mask_ratio)  # which no short clip refuses
     clips = open_clips(path, config.frames)
-    clips.replace = False
+    clips.replace, clips.silence = False, True
     lengths = clips.source.lengths
     counts = np.maximum(1, np.floor((lengths - least) / hop) + 1).astype(int)
     counts[lengths == 0] = 0  # what could not be read
@@ -583,33 +578,24 @@ def read_files(model, config, path, machine, read, every=None, average=False):
 
 
 def predict(args):
-    """A table of the likeliest labels of each file, or with --every of each so many seconds of it.
-    The windows of a long file are averaged by what they hold."""
+    """The likeliest labels of each file, or with --every of each so many seconds of it. The windows
+    of a long file are averaged by what they hold."""
     model, machine = load_classifier(args.checkpoint), eat.settings(Machine, vars(args))
     if args.labels:
         model.classes = read_labels(args.labels, len(model.classes))
-    table, status = [], 0
+    status = 0
     for path in args.clips:
         files = read_files(model, model.encoder.config, path, machine, probabilities_of, args.every,
                            average=not args.every)
         try:
             for name, starts, ends, found in files:
                 for start, end, row in zip(starts, ends, found["probabilities"]):
-                    labels = [{"label": model.classes[k], "probability": round(row[k].item(), 4)}
-                              for k in np.argsort(-row)[: args.top]]
-                    table.append({"clip": name, "start": round(start.item(), 3),
-                                  "end": round(end.item(), 3), "labels": labels})
+                    print(name + (f" {start:.2f} to {end:.2f} s" if args.every else ""))
+                    for k in np.argsort(-row)[: args.top]:
+                        print(f"    {row[k]:6.1%}  {model.classes[k]}")
         except UsageError as error:  # the other paths' labels are not lost for it
             print(f"finetune.py: {error}", file=sys.stderr)
             status = 2
-    if args.json:
-        print(json.dumps(table, indent=1))
-        return status
-    for row in table:
-        span = f" {row['start']:.2f} to {row['end']:.2f} s" if args.every else ""
-        print(row["clip"] + span)
-        for label in row["labels"]:
-            print(f"    {label['probability']:6.1%}  {label['label']}")
     return status
 
 
@@ -725,8 +711,8 @@ def look(args):
     state = eat.read_checkpoint(args.checkpoint) if args.checkpoint else None
     config = EATConfig(**state["config"]) if state else EATConfig()
     clips = open_clips(args.clip, 256 if args.clip == "demo" else 1024)  # the first 10 s
-    clips.replace = False
-    waveform = as_float(clips.usable(0))
+    clips.silence = True
+    waveform = clips.usable(0)
     filled = eat.time_steps(torch.tensor(len(waveform)), clips.frames).item()
     grid = (max(2, filled), MEL_BINS // PATCH)
     x = spectrogram(waveform[None], torch.tensor([len(waveform)]), grid[0] * PATCH, config.mean,
@@ -857,7 +843,7 @@ def train_or_probe(given):
         raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     machine = eat.settings(Machine, given)
     recipe, config, data, start, resumed = settle(given)
-    print(f"data     {data}", *(f"note     {note}" for note in data.notes), sep="\n")
+    print(f"data     {data}")
     print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
           f"{config.std}{data.clips.advice()}", flush=True)
@@ -903,7 +889,6 @@ def main(argv=None):
         parser.add_argument("--every", type=float, help="a row for every so many seconds")
         parser.add_argument("--labels", help="names of the classes: a csv of index, id, name, or a "
                                              "name a line")
-        parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     if command == "embed":
         parser.add_argument("path", help="a sound file, a folder, a list or a pack")
         parser.add_argument("--out", default="features.npz", help="[features.npz]")
