@@ -129,9 +129,8 @@ class EATConfig:
 
 # What a preset does not name is the default. "demo" and "tiny" are for short runs, in which the
 # release's utterance weight does harm: on ESC-10, after 600 steps of 4 clips of 5 s, nearest
-# neighbours found 48 % with weight 192 and 63 % with 1, a linear probe 34 % and 70 %.
-# "tiny" has 8 clones of clips of 1.28 s. On ESC-50's fold 1 they led 4 clones of clips of 2.56 s
-# by 70 to 64 % (a linear probe after 3,500 of 13,000 steps of 16 clips).
+# neighbours found 48 % with weight 192 and 63 % with 1, a linear probe 34 % and 70 %. In "tiny",
+# 8 clones of 1.28 s led 4 of 2.56 s by 70 to 64 % (ESC-50's fold 1, linear, 3,500 of 13,000 steps).
 PRESETS = {
     "demo": dict(dim=128, depth=4, heads=2, clones=8, frames=256, utterance_weight=1.0),
     "tiny": dict(dim=192, depth=6, heads=3, clones=8, frames=128, utterance_weight=1.0),
@@ -362,11 +361,11 @@ class EAT(nn.Module):
         average = (sum(chosen) / len(chosen)).transpose(1, 2)  # (B, N, D)
         return F.layer_norm(average, average.shape[2:], eps=TARGET_EPS)
 
-    def draw_mask(self, clips, grid, device=None):
-        """A mask for each clone of each clip on a grid of (H, W) patches -> (clips, C, N) bool."""
-        c = self.config
-        return inverse_block_mask(clips, c.clones, grid, c.mask_ratio, c.mask_block, c.mask_adjust,
-                                  c.masking, device)
+    def draw_mask(self, spectrogram):
+        """A mask for each clone of each clip of (B, 1, T, 128) -> (B, C, N) bool."""
+        c, grid = self.config, (spectrogram.shape[2] // PATCH, MEL_BINS // PATCH)
+        return inverse_block_mask(len(spectrogram), c.clones, grid, c.mask_ratio, c.mask_block,
+                                  c.mask_adjust, c.masking, spectrogram.device)
 
     def decode(self, tokens, keep, grid):
         """The student's visible patches (B * C, K, D) back at their places `keep` (B, C, K), noise
@@ -385,7 +384,7 @@ class EAT(nn.Module):
         config = self.config
         grid = (spectrogram.shape[2] // PATCH, MEL_BINS // PATCH)
         if mask is None:
-            mask = self.draw_mask(len(spectrogram), grid, spectrogram.device)
+            mask = self.draw_mask(spectrogram)
         K = count_visible(mask.shape[2], config.mask_ratio)
         if mask.device.type == "cpu" and not torch.compiler.is_compiling():
             if not ((~mask).sum(2) == K).all():  # on a card the host would wait for the answer
@@ -515,13 +514,11 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     order = shuffled(len(clips), recipe.seed, step * recipe.batch_size)
     size = part_size(recipe.batch_size, recipe.accumulate * machine.world)
     parts = shares(order, recipe.batch_size, size, machine.rank, machine.world)
-    grid = (config.frames // PATCH, MEL_BINS // PATCH)
     parameters = list(model.parameters())  # once, as EAT.pairs
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
     rows = []  # of the losses and the gradient's norm, a step each, until they are logged
     log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
-    # Before the first step; and where a run was killed after its last one, but before its probe.
-    if labelled and step in (0, recipe.steps) and machine.rank == 0:
+    if labelled and step in (0, recipe.steps) and machine.rank == 0:  # a kill may prevent the last
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
@@ -546,7 +543,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 waveforms = batch.waveforms.to(device, non_blocking=True)  # (B, samples)
                 lengths = batch.lengths.to(device, non_blocking=True)  # (B,), without padding
                 x = spectrogram(waveforms, lengths, config.frames, config.mean, config.std)
-                mask = model.draw_mask(len(x), grid, device)  # (B, C, N) bool, True = masked
+                mask = model.draw_mask(x)  # (B, C, N) bool, True = masked
                 with machine.autocast():
                     found = net(x, mask)  # x: (B, 1, T, 128)
                 scaler.scale(found["loss"] / recipe.accumulate).backward()

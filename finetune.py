@@ -763,7 +763,7 @@ def look_at_encoder(figure, name, state, config, x, image, grid):
         draw(figure, rows[row, 3:], attention, f"{title}: attention of CLS")
     if pretrained:
         model = eat.fill(eat.EAT(config), state["model"], name).eval()
-        mask = model.draw_mask(1, grid)[:, :1]
+        mask = model.draw_mask(x)[:, :1]
         keep, seen = eat.visible_patches(mask, (~mask).sum()), ~mask[0, 0]
         targets = model.targets(x)[0]
         prediction = model.decode(model.student(x, keep)[:, 1:], keep, grid)[0, 0]

@@ -292,7 +292,7 @@ def test_a_clip_longer_or_shorter_than_the_table_gets_the_same_positions(device,
 
 def test_masked_patches_never_reach_the_student():
     model, x = EAT(small()), torch.randn(3, 1, 64, 128)
-    mask = model.draw_mask(3, (4, 8))
+    mask = model.draw_mask(x)
     keep = eat.visible_patches(mask, model.config.visible)
     tokens = model.student(x, keep).view(3, 2, -1, 32)
     assert tokens.shape[2] == 1 + model.config.visible
@@ -460,8 +460,9 @@ def share_of_a_batch(machine, parts=1):
     """The gradients of this process's share of a batch of 4 on given masks."""
     torch.manual_seed(0)
     model, mine = EAT(small(mask_noise_std=0.0)), slice(machine.rank, None, machine.world)
-    x, mask = torch.randn(4, 1, 64, 128)[mine], model.draw_mask(4, (4, 8))[mine]
-    return losses_and_gradients(model, x, mask, machine, parts)[1]
+    x = torch.randn(4, 1, 64, 128)
+    mask = model.draw_mask(x)
+    return losses_and_gradients(model, x[mine], mask[mine], machine, parts)[1]
 
 
 @pytest.mark.parametrize("way, near", [("accumulated", 1e-5), ("two processes", 1e-5),
@@ -2460,7 +2461,7 @@ def test_pre_training_is_one_graph_that_is_compiled_once(drawn):
     model = EAT(small())
     net, counter = counted(model)
     for _ in range(5):
-        mask = None if drawn else model.draw_mask(2, (4, 8))
+        mask = None if drawn else model.draw_mask(torch.empty(2, 1, 64, 128))
         with torch.autocast("cpu", torch.bfloat16):
             loss = net(torch.randn(2, 1, 64, 128), mask)["loss"]
         loss.backward()
@@ -2555,7 +2556,7 @@ def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
     x, found = torch.ones(64, 1, 64, 128, device="cuda"), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        mask = model.draw_mask(64, (4, 8), x.device)
+        mask = model.draw_mask(x)
         assert mask.is_cuda and ((~mask).sum(2) == 6).all()
         found.append((mask, model(x, mask)["frame_loss"].item()))
     assert torch.equal(found[0][0], found[1][0]) and not torch.equal(found[0][0], found[2][0])
@@ -2564,7 +2565,8 @@ def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
 
 @cuda
 def test_compiled_steps_of_full_width_are_the_eager_ones_and_the_cpu_s():
-    x, mask, found = torch.randn(2, 1, 256, 128), EAT(BASE).draw_mask(2, (16, 8)), []
+    x, found = torch.randn(2, 1, 256, 128), []
+    mask = EAT(BASE).draw_mask(x)
     for machine in (machine_of(), machine_of("cuda"), machine_of("cuda", compile=True)):
         model, step = stepper(machine)
         before = joined(model.student.parameters())
@@ -2579,7 +2581,7 @@ def test_compiled_steps_of_full_width_are_the_eager_ones_and_the_cpu_s():
 @cuda
 def test_nccl_with_one_process_changes_no_gradient(tmp_path):
     x, model, machine = torch.randn(2, 1, 256, 128), EAT(BASE), machine_of("cuda", compile=True)
-    mask = model.draw_mask(2, (16, 8))
+    mask = model.draw_mask(x)
     _, alone = losses_and_gradients(model, x, mask, machine)
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0,
                                          world_size=1)
@@ -2602,7 +2604,7 @@ def test_a_step_never_waits_for_the_card_nor_grows(precision):
         torch.cuda.set_sync_debug_mode("error" if k > 2 else "default")
         try:
             x = spectrogram(waveforms, lengths, 256, -4.0, 4.0)
-            loss, norm = step(x, model.draw_mask(2, (16, 8), x.device))
+            loss, norm = step(x, model.draw_mask(x))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         taken.append(torch.cuda.memory_allocated())
