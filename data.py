@@ -229,7 +229,7 @@ class Clips(Dataset):
     def __init__(self, source, frames, files=None):
         self.source, self.frames, self.samples = source, frames, clip_samples(frames)
         self.packed = source.packed
-        self.skipped = {}  # what was left out so far: path -> reason
+        self.skipped, self.named = {}, 0  # what is left out: path -> reason; how many a log named
         self.replace = files is None  # does another clip take the place of one of no use?
         self.silence = files is not None  # may a clip be silent?
         if files is None:

@@ -813,7 +813,7 @@ class Log:
     def __init__(self, out, step, steps, machine, clips, name="step", keep=None):
         self.machine, self.clips = machine, clips
         self.path = os.path.join(out, "log.jsonl") if out and machine.rank == 0 else None
-        self.named, self.step, self.since = 0, step, time.perf_counter()
+        self.step, self.since = step, time.perf_counter()
         terminal = sys.stderr.isatty()
         plain = "{l_bar}{n}/{total} {rate_fmt}, about {remaining} to go{postfix}\n"
         self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=machine.rank > 0,
@@ -842,10 +842,11 @@ class Log:
         self.bar.update(steps)
         if step >= 20 > self.step:  # soon, and without a terminal too: how long will it take?
             self.bar.refresh()
-        new = dict(list(self.clips.skipped.items())[self.named :])
+        new = dict(list(self.clips.skipped.items())[self.clips.named :])
         if new:
-            self.named += len(new)
-            tqdm.write(f"skipped {self.named} so far; new: {describe_skipped(new)}", sys.stderr)
+            self.clips.named += len(new)
+            tqdm.write(f"skipped {self.clips.named} so far; new: {describe_skipped(new)}",
+                       sys.stderr)
         if line["not_finite"] and self.machine.rank == 0:
             tqdm.write(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
                        "steps were not finite, and changed no weight of the student", sys.stderr)
