@@ -229,7 +229,8 @@ class Clips(Dataset):
     def __init__(self, source, frames, files=None):
         self.source, self.frames, self.samples = source, frames, clip_samples(frames)
         self.packed = source.packed
-        self.skipped, self.named = {}, 0  # what is left out: path -> reason; how many a log named
+        self.skipped = {}  # what was left out so far: path -> reason
+        self.named = 0  # how many of those the log has named
         self.replace = files is None  # does another clip take the place of one of no use?
         self.silence = files is not None  # may a clip be silent?
         if files is None:
@@ -281,13 +282,16 @@ class Clips(Dataset):
 
     def advice(self):
         """A remark where most clips are much shorter than they may be."""
-        chosen = np.linspace(0, len(self) - 1, min(100, len(self))).astype(int)
-        lengths = self[chosen.tolist()].lengths
-        if not len(lengths) or lengths.median() >= 0.6 * self.samples:
+        lengths = []
+        for number in np.linspace(0, len(self) - 1, min(100, len(self))).astype(int):
+            with contextlib.suppress(AudioError):
+                lengths.append(len(self.usable(number)))
+        median = np.median(lengths or [self.samples])
+        if median >= 0.6 * self.samples:
             return ""
-        frames = 16 * math.ceil(count_frames(max(lengths.median().item(), 3000)) / 16)
-        return (f"; half of the clips hold no more than {lengths.median() / SAMPLE_RATE:.2f} s of "
-                f"sound, and the rest of them is padding: try --frames {frames}")
+        frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
+        return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
+                f"and the rest of them is padding: try --frames {frames}")
 
 
 def shared(x):
@@ -355,7 +359,7 @@ def find_audio(path):
             found += [os.path.join(folder, name) for name in names
                       if name.lower().endswith(AUDIO_ENDINGS)]
         found.sort()
-    elif path.lower().endswith(AUDIO_ENDINGS):
+    elif str(path).lower().endswith(AUDIO_ENDINGS):
         found = [path]
     else:
         root, found = os.path.dirname(path), [line.split("\t")[0] for line in read_lines(path)]
@@ -663,13 +667,14 @@ def _esc(path, esc10, _):
 
 def _speech_commands(path, *_):
     """Speech Commands: a folder a word, and two lists; what is on neither is for training."""
-    validation, tested = (set(read_lines(os.path.join(path, f"{part}_list.txt")))
-                          for part in ("validation", "testing"))  # lines of word/name.wav
+    validation, tested = ({os.path.normpath(os.path.join(path, line.strip()))
+                           for line in read_lines(os.path.join(path, f"{part}_list.txt"))}
+                          for part in ("validation", "testing"))
     rows = []
     for name, words in _folders_of_classes(path):  # _background_noise_ is no class
-        listed = Path(name).relative_to(path).as_posix()
-        if listed not in validation:
-            rows.append((name, words, "test list" if listed in tested else "train"))
+        if os.path.normpath(name) not in validation:
+            place = "test list" if os.path.normpath(name) in tested else "train"
+            rows.append((name, words, place))
     return "Speech Commands", rows, sorted({word for _, (word,), _ in rows})
 
 
@@ -839,7 +844,7 @@ def lock(folder):
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise UsageError(f"{folder}: another process is writing into it; wait for it, or "
                              "choose another folder") from None
         except (ImportError, OSError):  # Windows, or a file system that knows no locks

@@ -72,10 +72,10 @@ def check_numbers(settings):
 class EATConfig:
     """What the model is. Every default is the release's, for its base model on AudioSet-2M."""
 
-    dim: int = option(768, "channels D of the encoder", most=2**14)
-    depth: int = option(12, "transformer blocks", most=2**14)
+    dim: int = option(768, "channels D of the encoder")
+    depth: int = option(12, "transformer blocks")
     heads: int = option(12, "attention heads")
-    mlp_ratio: float = option(4.0, "hidden width of a block's MLP, in units of D")
+    mlp_ratio: float = option(4.0, "hidden width of a block's MLP, in units of D", most=64)
     norm_eps: float = option(1e-6, "epsilon of the encoder's LayerNorms")
     decoder_layers: int = option(6, "convolutions in the CNN decoder")
     decoder_kernel: int = option(3, "their kernel size")
@@ -129,8 +129,8 @@ class EATConfig:
 
 # What a preset does not name is the default. "demo" and "tiny" are for short runs, in which the
 # release's utterance weight does harm: on ESC-10, after 600 steps of 4 clips of 5 s, nearest
-# neighbours found 48 % with weight 192 and 63 % with 1, a linear probe 34 % and 70 %. In "tiny",
-# 8 clones of 1.28 s led 4 of 2.56 s by 70 to 64 % (ESC-50's fold 1, linear, 3,500 of 13,000 steps).
+# neighbours found 48 % with weight 192 and 63 % with 1, a linear probe 34 % and 70 %. For "tiny"
+# 8 clones of 1.28 s did better than 4 of 2.56 s: 70 and 64 % (ESC-50's fold 1, linear, step 3,500).
 PRESETS = {
     "demo": dict(dim=128, depth=4, heads=2, clones=8, frames=256, utterance_weight=1.0),
     "tiny": dict(dim=192, depth=6, heads=3, clones=8, frames=128, utterance_weight=1.0),
@@ -505,8 +505,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     if resumed:
         model.load_state_dict(resumed.pop("model"))  # and so its memory is given back
         optimizer.load_state_dict(resumed.pop("optimizer"))
-        interval = scaler.get_growth_interval()  # this machine's, whatever the run's was
-        scaler.load_state_dict({**resumed["scaler"], "growth_interval": interval})
+        if resumed["scaler"]["growth_interval"] == scaler.get_growth_interval():
+            scaler.load_state_dict(resumed["scaler"])  # else it is another precision's
         step = resumed["step"]
     elif recipe.init:
         start_from(model, recipe.init)
@@ -518,7 +518,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
     rows = []  # of the losses and the gradient's norm, a step each, until they are logged
     log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
-    if labelled and step in (0, recipe.steps) and machine.rank == 0:  # a kill may prevent the last
+    if labelled and step in {0, recipe.steps} - log.probes and machine.rank == 0:
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
@@ -717,9 +717,9 @@ class Machine:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))  # on this machine
             self.workers = min(8, max(1, os.cpu_count() // processes - 1))
         if self.world > 1:
-            # Others wait while the first one probes. (Gloo is for numbers on the host.)
+            # The others wait while the first process probes. Gloo exchanges plain numbers.
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                                 timeout=datetime.timedelta(hours=4))
+                                                 timeout=datetime.timedelta(hours=1))
 
     def __str__(self):
         cuda = self.device.type == "cuda"
@@ -738,20 +738,22 @@ class Machine:
             model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         if not self.compile:
             return model
-        torch.compiler.reset()  # earlier models' CUDA graphs keep memory; after 8 torch gives up
+        # Forget earlier models: their CUDA graphs keep memory, and after eight torch gives up.
+        torch.compiler.reset()
         # On one card the kernels are launched together, as CUDA graphs. One by one they kept the
         # host busy for 17 ms a step of tiny, and the card for 3.
         graphs = graphs and self.world == 1 and self.device.type == "cuda"
-        # Compiled outside DDP, torch cuts the backward pass where DDP exchanges gradients, so that
-        # the exchange overlaps with the rest of the pass.
+        # DDP is compiled too. Torch then cuts the backward pass where DDP exchanges gradients, so
+        # that the exchange overlaps with the rest of the pass.
         return torch.compile(model, dynamic=False, mode="reduce-overhead" if graphs else None)
 
     def scaler(self):
         """A GradScaler skips a step whose gradients are not finite, without the host's waiting to
-        know. That is wanted in any precision. Its scale, a power of two, matters to float16 alone,
-        and grows back there alone."""
-        interval = 2000 if self.dtype == torch.float16 else 2**30
-        return torch.amp.GradScaler(self.device.type, growth_interval=interval)
+        know. That is wanted in any precision; a scale other than 1 in float16 alone."""
+        if self.dtype == torch.float16:
+            return torch.amp.GradScaler(self.device.type)
+        return torch.amp.GradScaler(self.device.type, init_scale=1.0, growth_interval=2**30,
+                                    backoff_factor=1 - 1e-9)  # in float32: 1
 
     def memory(self):
         """Bytes of the smallest card of the run."""
@@ -759,8 +761,8 @@ class Machine:
         return int(self.reduce(mine, "MIN"))
 
     def reduce(self, value, how="SUM"):
-        """A tensor's (or number's) sum, or "MAX" or "MIN", over the processes. For a number no host
-        waits for its card."""
+        """A tensor's (or number's) sum, or "MAX" or "MIN", over the processes. A plain
+        number is exchanged between the hosts, so that none waits for its card."""
         if self.world == 1:
             return value
         value = torch.as_tensor(value)
@@ -813,7 +815,9 @@ class Log:
     def __init__(self, out, step, steps, machine, clips, name="step", keep=None):
         self.machine, self.clips = machine, clips
         self.path = os.path.join(out, "log.jsonl") if out and machine.rank == 0 else None
-        self.step, self.since = step, time.perf_counter()
+        self.step, self.since, self.probes = step, time.perf_counter(), set()
+        if machine.rank > 0:
+            clips.named = len(clips.skipped)  # the first process names those
         terminal = sys.stderr.isatty()
         plain = "{l_bar}{n}/{total} {rate_fmt}, about {remaining} to go{postfix}\n"
         self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=machine.rank > 0,
@@ -822,8 +826,9 @@ class Log:
         if self.path and os.path.exists(self.path):
             # Lines after the checkpoint of a resumed run will come again; spoilt ones go, too.
             keep = keep or (lambda line: 0 < step >= line["step"])
-            lines = [json.dumps(line) + "\n" for line in read_log(out) if keep(line)]
-            Path(self.path + ".part").write_text("".join(lines))
+            lines = [line for line in read_log(out) if keep(line)]
+            self.probes = {line["step"] for line in lines if "knn_cls" in line}
+            Path(self.path + ".part").write_text("".join(json.dumps(x) + "\n" for x in lines))
             os.replace(self.path + ".part", self.path)
 
     def write(self, step, names, rows, **more):
@@ -886,8 +891,8 @@ def check_health(line, bad_in_a_row, config, recipe):
                "--lr or a larger --batch-size")
     else:
         return
-    raise RunStopped(f"stopped at step {line['step']}: {why}. {recipe.out} has the last good "
-                     "checkpoint")
+    raise RunStopped(f"stopped at step {line['step']}: {why}. The last good checkpoint, if there "
+                     f"is one, is in {recipe.out}")
 
 
 def read_log(out):
@@ -916,9 +921,9 @@ def save_checkpoint(folder, state, must):
         with contextlib.suppress(OSError):
             os.remove(last + ".part")
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        text = f"could not save to {folder}: {reason}; an earlier checkpoint is as it was"
+        text = f"could not save to {folder}: {reason}; an earlier checkpoint, if any, is unchanged"
         if must:
-            raise RunStopped(f"{text}. Mend that, and --resume goes on from it") from None
+            raise RunStopped(f"{text}. Solve that, then continue with --resume") from None
         print(f"{text}; going on, to try again at the next one", file=sys.stderr, flush=True)
 
 
@@ -947,13 +952,15 @@ def read_checkpoint(path):
             if "config" not in state:
                 model = state["model"]
                 state = translate(model, model.pop("_ema", {}), fairseq_settings(state.get("cfg")))
+            state["config"] |= sizes_of(state["model"])
         EATConfig(**state["config"])  # refuses what cannot be
     except Exception as error:  # damaged files fail in many ways, some in torch's many words
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise  # that is not the file's fault
         known = type(error) is ValueError
-        reason = str(error) if known else (f"not a whole checkpoint ({type(error).__name__}); if "
-                                           "it is a run's last.pt, rename its previous.pt to that")
+        reason = str(error) if known else f"not a whole checkpoint ({type(error).__name__})"
+        if path.endswith("last.pt"):
+            reason += "; to go on from the one before it, rename previous.pt to last.pt"
         raise UsageError(f"{path}: {reason}") from None
     return state
 
@@ -1021,6 +1028,9 @@ class Stub:
     def __init__(self, *arguments):
         pass
 
+    def __setstate__(self, state):
+        vars(self).update(state if isinstance(state, dict) else {})
+
 
 def load_inert(path):
     """torch.load of a file that may be a stranger's. Whatever class its pickle names is a Stub."""
@@ -1044,21 +1054,28 @@ def our_name(name):
     return re.sub(r"^decoder\.blocks\.(\d+)\.0\.", r"decoder.convs.\1.", name)
 
 
+def sizes_of(model):
+    """The sizes that a model's tensors have, whatever its file says: so that no file's words can
+    ask for more memory than it holds."""
+    encoder = encoder_of(model)
+    if "patches.proj.bias" not in encoder:
+        raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
+    blocks = {name.split(".")[1] for name in encoder if name.startswith("blocks.")}
+    return {"dim": len(encoder["patches.proj.bias"]), "depth": len(blocks)}
+
+
 def translate(model, teacher, settings):
     """Tensors and settings in the release's words -> as read_checkpoint returns it."""
     model, teacher = ({our_name(name): tensor for name, tensor in tensors.items()
                        if not name.endswith(POSITIONS)} for tensors in (model, teacher))
-    if "patches.proj.bias" not in model:
-        raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
-    D, hidden = (len(model[name]) for name in ("patches.proj.bias", "blocks.0.mlp.fc1.bias"))
-    blocks = {name.split(".")[1] for name in model if name.startswith("blocks.")}
-    config = {"heads": max(1, D // 64)}  # as in base and large, unless the file says
-    config |= {FIELDS[k]: x for k, x in settings.items() if k in FIELDS and x is not None}
-    config |= {"dim": D, "depth": len(blocks), "mlp_ratio": hidden / D}
     part = "encoder." if "head.weight" in model else "student."
     model = {name if name.startswith(("decoder.", "fc_norm.", "head.")) else part + name: tensor
              for name, tensor in model.items()}
     model |= {"teacher." + name: tensor for name, tensor in teacher.items()}
+    sizes = sizes_of(model)
+    config = {"heads": max(1, sizes["dim"] // 64)}  # as in base and large, unless the file says
+    config |= {FIELDS[k]: x for k, x in settings.items() if k in FIELDS and x is not None}
+    config |= {**sizes, "mlp_ratio": len(model[part + "blocks.0.mlp.fc1.bias"]) / sizes["dim"]}
     state = {"config": vars(EATConfig(**config)), "model": model}
     if "head.weight" in model:
         classes = [str(k) for k in range(len(model["head.weight"]))]
@@ -1230,8 +1247,8 @@ def resume(given, own):
     if not paths and not os.path.exists(os.path.join(out, "results.json")):
         return None
     if not paths or not given.get("resume"):
-        raise UsageError(f"{out} holds a run already: --resume goes on with one that can be "
-                         "trained on, another --out starts beside it")
+        raise UsageError(f"{out} holds a run already, or its results: --resume goes on with a run "
+                         "that has a checkpoint, another --out starts beside it")
     state = read_checkpoint(paths[0])
     if own not in state:
         raise UsageError(f"{out}: not a run of this program")
@@ -1351,7 +1368,7 @@ def pretrain(**given):
     config, recipe, clips, labelled = settle(given, machine, resumed)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
-            if not resumed:  # has another run come and gone since it was asked?
+            if not resumed:  # has another run written here since we looked?
                 resume({"out": recipe.out}, "processes")
             describe(config, recipe, clips, machine, labelled, resumed)
         train(config, recipe, clips, machine, resumed, labelled)

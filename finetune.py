@@ -284,9 +284,9 @@ def training_order(train, data, recipe, seed):
 def fit(model, data, fold, config, recipe, machine, log, caught):
     """Train a Classifier on one fold -> whether it got to the end, or a signal ended it."""
     device, train = machine.device, data.folds[fold][0]
-    clips = Clips(data.clips.source, config.frames, data.clips.file[train])
+    clips = Clips(data.clips.source, config.frames, data.clips.file[train.numpy()])
     clips.skipped = data.clips.skipped
-    clips.replace = True  # what cannot be read, by another clip of the fold's
+    clips.replace = True  # another clip to train on takes the place of one that cannot be read
     # A fold draws the same with --fold as among the others.
     number = max(1, int(fold.removeprefix("fold "))) - 1 if fold.startswith("fold ") else 0
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
@@ -348,6 +348,10 @@ def fine_tune(data, start, config, recipe, machine, resumed):
     data.clips.skipped |= (resumed or {}).get("skipped", {})
     with eat.stop_signals() as caught:
         for fold in [fold for fold in data.folds if fold not in done]:
+            tested = data.folds[fold][1].tolist()
+            if not any(len(data.clips[[number]].numbers) for number in tested):
+                raise UsageError(f"{fold}: no clip to test on can be read, such as "
+                                 + printable(data.clips.name(tested[0])))
             torch.manual_seed(seed_of(recipe.seed))
             encoder = Encoder(config)
             if start is not None:
@@ -358,8 +362,8 @@ def fine_tune(data, start, config, recipe, machine, resumed):
                           keep=lambda line: line.get("fold") in done)
             if not fit(model, data, fold, config, recipe, machine, log, caught):
                 raise KeyboardInterrupt(caught[0], "; --resume goes on, with this fold anew")
-            found, used = eat.features(model.eval(), config, data.clips, data.folds[fold][1],
-                                       machine, probabilities_of)
+            found, used = eat.features(model.eval(), config, data.clips, tested, machine,
+                                       probabilities_of)
             done[fold] = evaluate(found["probabilities"], data.targets(used.tolist()),
                                   data.classes, data.multi_label)
             state = {"config": vars(config), "recipe": vars(recipe), "model": model.state_dict(),
@@ -548,7 +552,7 @@ def read_files(model, config, path, machine, read, every=None, average=False):
         hop, least = every * SAMPLE_RATE, 1
         frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
         config = dataclasses.replace(config, frames=min(config.frames, frames),
-                                     mask_ratio=EATConfig.mask_ratio)  # which no short clip refuses
+                                     mask_ratio=EATConfig.mask_ratio)  # right for any length
     clips = open_clips(path, config.frames)
     clips.replace, clips.silence = False, True
     lengths = clips.source.lengths
@@ -631,7 +635,7 @@ def embed(args):
     every 0.16 s."""
     encoder, machine = eat.load_encoder(args.checkpoint), eat.settings(Machine, vars(args))
     config, out = encoder.config, args.out.removesuffix(".npz") + ".npz"
-    if not args.frames:  # windows as long as probing has: means and deviations over 1 s say less
+    if not args.frames:  # as long as in probing: means and deviations over 1 s say less
         config = dataclasses.replace(config, frames=max(512, config.frames))
     make_folder(os.path.dirname(out) or ".")
     columns = collections.defaultdict(list)
@@ -848,7 +852,7 @@ def train_or_probe(given):
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
           f"{config.std}{data.clips.advice()}", flush=True)
     with lock(recipe.out):
-        if not resumed:  # has another run come and gone since it was asked?
+        if not resumed:  # has another run written here since we looked?
             eat.resume({"out": recipe.out}, "start")
         if recipe.mode == "finetune":
             print(f"recipe   {recipe.recipe or 'as esc50'}: {recipe.steps:,} steps x "
