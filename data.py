@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing.pool
 import os
+import re
 import signal
 import sys
 import typing
@@ -73,7 +74,8 @@ def load_audio(path, start=0.0, seconds=math.inf):
     blocks = []
     with opened(path) as file, np.errstate(all="ignore"):  # what is not finite is found below
         rate = file.samplerate
-        file.seek(round(start * rate))
+        if start:  # GSM, for one, cannot seek
+            file.seek(round(start * rate))
         left = math.ceil(seconds * rate) if seconds < math.inf else file.frames
         most = (1 << 22) // file.channels  # block by block: a header may claim any length
         while left > 0 and len(block := file.read(min(left, most), "float32", always_2d=True)):
@@ -82,8 +84,8 @@ def load_audio(path, start=0.0, seconds=math.inf):
     if not blocks:
         raise AudioError(path, "holds no samples")
     waveform = _resampled(torch.from_numpy(np.concatenate(blocks)), rate)
-    if not waveform.isfinite().all():
-        raise AudioError(path, "holds samples that are not finite numbers")
+    if not waveform.abs().max() < 1e12:  # of more the spectrogram is not finite, either
+        raise AudioError(path, "holds samples that are not finite, or beyond all measure")
     return waveform
 
 
@@ -281,17 +283,23 @@ class Clips(Dataset):
         return Batch(shared(waveforms), lengths, torch.tensor(used), skipped)
 
     def advice(self):
-        """A remark where most clips are much shorter than they may be."""
+        """A remark on the length of a clip, where most are much shorter, or where only the
+        beginnings of longer files are used."""
         lengths = []
         for number in np.linspace(0, len(self) - 1, min(100, len(self))).astype(int):
             with contextlib.suppress(AudioError):
-                lengths.append(len(self.usable(number)))
+                place = self.file[number], self.start[number]
+                lengths.append(len(self.source.read(*place, 2 * self.samples)))
         median = np.median(lengths or [self.samples])
-        if median >= 0.6 * self.samples:
-            return ""
         frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
-        return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
-                f"and the rest of them is padding: try --frames {frames}")
+        if median < 0.6 * self.samples:
+            return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
+                    f"and the rest of them is padding: try --frames {frames}")
+        if median > 1.5 * self.samples and self.silence:
+            seconds = 1.5 * self.samples / SAMPLE_RATE
+            return (f"; half of the files are longer than {seconds:.2f} s, and of each only the "
+                    "beginning is used: see --frames")
+        return ""
 
 
 def shared(x):
@@ -346,8 +354,8 @@ def _warn(error):
 
 def find_audio(path):
     """The sound files that `path` stands for: a folder, searched recursively, and sorted; a sound
-    file; or a list, a path a line, or the release's manifest (first line the root folder, then
-    `path<tab>samples`). Raises AudioError where there are none."""
+    file; or a list, a path a line from the list's folder on, or the release's manifest (first line
+    the root folder, then `path<tab>samples`). Raises AudioError where there are none."""
     if os.path.isdir(path):
         found, seen = [], set()
         for folder, below, names in os.walk(path, onerror=_warn, followlinks=True):
@@ -357,7 +365,7 @@ def find_audio(path):
             seen.add(os.path.realpath(folder))
             below.sort()  # whichever way leads to a folder first
             found += [os.path.join(folder, name) for name in names
-                      if name.lower().endswith(AUDIO_ENDINGS)]
+                      if name.lower().endswith(AUDIO_ENDINGS) and not name.startswith("._")]
         found.sort()
     elif str(path).lower().endswith(AUDIO_ENDINGS):
         found = [path]
@@ -460,9 +468,9 @@ def _settle_worker(_):
 
 
 def pack(source, out, workers):
-    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. Nothing is lost but
-    what 16 bits at 16 kHz cannot hold: a file whose peak is over 1 is scaled down, and its unit
-    says by how much."""
+    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. Files that cannot be
+    read to their end are left out. Of the others nothing is lost but what 16 bits at 16 kHz cannot
+    hold: a file whose peak is over 1 is scaled down, and its unit says by how much."""
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
     paths = find_audio(lists[0] if manifests else source)
@@ -479,6 +487,8 @@ def pack(source, out, workers):
             units.append(unit)
             if reason:
                 skipped[name] = reason
+        if not ends[-1]:
+            raise AudioError(source, "nothing in it can be read; " + describe_skipped(skipped))
         samples.flush()
         os.fsync(samples.fileno())
         about = {"source": os.path.abspath(source), "names": names, "trained": len(paths),
@@ -642,10 +652,13 @@ def open_labelled(path, frames, esc10=False, seed=0):
     file_of = {name: k for k, name in enumerate(source.names)}
     keep = [k for k, name in enumerate(names) if name in file_of]
     places = np.array([rows[k][2] for k in keep])
+    reason = "not in the pack" if source.packed else "no such file"
+    missing = {name: reason for name in names if name not in file_of}
     if len(np.unique(places)) < 2:
-        raise AudioError(path, f"{kind}: no clips to train on, or to test on (one fold or none)")
+        raise AudioError(path, f"{kind}: no clips to train on, or to test on (one fold or none) "
+                         + describe_skipped(missing))
     clips = Clips(source, frames, [file_of[names[k]] for k in keep])
-    clips.skipped = {name: "no such file" for name in names if name not in file_of}
+    clips.skipped = missing
     weights = weights[0][keep] if weights else None
     return Labelled(kind, clips, [labels[k] for k in keep], classes, places, weights)
 
@@ -691,7 +704,7 @@ def _manifests(path, *_):
             raise AudioError(path, f"{part}.tsv lists {len(names)} clips, {part}.lbl labels "
                                    f"{len(labels)}; is the folder in the first line there?")
         rows += [(name, clip, part) for name, clip in zip(names, labels)]
-    found = sorted(name for name in os.listdir(path) if name.startswith("weight"))
+    found = sorted(name for name in os.listdir(path) if re.match(r"weight.*\.csv", name))
     if not found:
         return "AudioSet manifests", rows, classes
     weights = torch.tensor([float(line) for line in read_lines(os.path.join(path, found[0]))])
@@ -703,12 +716,15 @@ def _manifests(path, *_):
 
 
 def _class_folders(path, _, seed):
-    """A folder a class, perhaps within train/ and test/ (or, where there is none, val/); else a
+    """A folder a class, perhaps within train/ and test/ (under any of their usual names); else a
     stratified fifth is kept to test on."""
-    parts = [part for part in ("train", "val", "test") if os.path.isdir(os.path.join(path, part))]
-    if "train" in parts and len(parts) > 1:
-        rows = [(*clip, part) for part in ("train", parts[-1])
-                for clip in _folders_of_classes(os.path.join(path, part))]
+    parts = {name.lower(): os.path.join(path, name) for name in os.listdir(path)}
+    train = [name for name in ("train", "training") if name in parts]
+    test = [name for name in ("test", "testing", "eval", "val", "valid", "validation", "dev")
+            if name in parts]
+    if train and test:
+        rows = [(*clip, place) for place, name in (("train", train[0]), (test[0], test[0]))
+                for clip in _folders_of_classes(parts[name])]
     else:
         clips = _folders_of_classes(path)
         tested = stratified_fifth([name for _, (name,) in clips], seed)
@@ -725,7 +741,8 @@ def _folders_of_classes(path):
     """-> (clip, [name of its class]) of every clip."""
     clips = []
     for name in sorted(os.listdir(path)):
-        if os.path.isdir(os.path.join(path, name)) and not name.startswith(("_", ".")):
+        left_out = name.startswith((".", "__", "_background_noise_"))
+        if os.path.isdir(os.path.join(path, name)) and not left_out:
             with contextlib.suppress(AudioError):  # no sound in it
                 clips += [(clip, [name]) for clip in find_audio(os.path.join(path, name))]
     return clips
@@ -792,8 +809,9 @@ def run(program, job):
             if hasattr(stream, "reconfigure"):  # a notebook's has not
                 # Names need not be in its encoding.
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)
-            # Not as attributes, which some streams hand on to another.
-            vars(stream).update(write=harmless(stream.write), flush=harmless(stream.flush))
+            if "write" not in vars(stream):  # of an earlier call
+                # Not as attributes, which some streams hand on to another.
+                vars(stream).update(write=harmless(stream.write), flush=harmless(stream.flush))
             setattr(sys, name, stream)
     try:
         return job() or 0

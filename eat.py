@@ -793,17 +793,18 @@ def dense_convolution(x, conv):
 def stop_signals():
     """Ctrl-C, SIGTERM and SIGHUP (a lost terminal) ask a run to end after the step at hand, with a
     checkpoint; the second one ends it at once -> a list that gets the signal's number."""
-    caught = []
+    caught, before = [], {}
 
     def catch(number, _):
         caught.append(number)
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun repeats what the terminal sent
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
 
     with contextlib.ExitStack() as afterwards:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-                afterwards.callback(signal.signal, number, signal.signal(number, catch))
+                before[number] = signal.signal(number, catch)
+                afterwards.callback(signal.signal, number, before[number])
         yield caught
 
 # ---- What a run writes: log and checkpoints ------------------------------------------------------
@@ -938,8 +939,9 @@ def read_checkpoint(path):
     tensors named student.*, decoder.*, teacher.* of an EAT, or encoder.*, fc_norm.*, head.* of a
     classifier, which has "classes" and "multi_label" too. No code in a file ever runs."""
     path = str(path)
-    if not os.path.exists(path):
-        raise UsageError(f"{path}: no such file; a checkpoint is the last.pt in a run's --out, a "
+    file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
+    if not os.path.exists(file):
+        raise UsageError(f"{file}: no such file; a checkpoint is the last.pt in a run's --out, a "
                          "fairseq .pt, or a Hugging Face folder or .safetensors")
     try:
         if os.path.isdir(path) or path.endswith(".safetensors"):
@@ -1086,10 +1088,12 @@ def translate(model, teacher, settings):
 def fairseq_settings(config):
     """What a fairseq config says of the model, and of what it hears."""
     config = plain(config) or {}
+    length = (config.get("task") or {}).get("target_length")  # a fine-tuned file has its own
     while "pretrained_model_args" in config.get("model", {}):  # of a fine-tuned file: inside
         config = config["model"]["pretrained_model_args"]
     model = config.get("model") or {}
     sound = (model.get("modalities") or {}).get("image") or {}
+    sound = {**sound, "target_length": length or sound.get("target_length")}
     return {**model, **sound, **(sound.get("decoder") or {})}
 
 
@@ -1116,7 +1120,7 @@ def export(checkpoint, target, note=""):
     """Write a checkpoint's encoder, or classifier, in the Hugging Face layout: a folder of
     config.json and model.safetensors; or, where `target` ends in .safetensors, one file with 16
     bits a number, and the config and a note in its metadata."""
-    state = read_checkpoint(checkpoint)
+    state, target = read_checkpoint(checkpoint), str(target)
     config, tensors = EATConfig(**state["config"]), {}
     head = {name: x for name, x in state["model"].items() if name.startswith(("fc_norm.", "head."))}
     for name, tensor in {**encoder_of(state["model"]), **head}.items():
@@ -1162,8 +1166,9 @@ def plot(out):
     lines = read_log(out) if os.path.exists(path) else []
     if not lines:
         raise UsageError(f"{path}: no log, or nothing in it yet; a run writes it into its --out")
-    panels = (("frame_loss", "utterance_loss"), ("target_std", "prediction_std"), ("grad_norm",),
-              ("lr",), ("teacher_decay",), ("knn_patches", "knn_cls", "knn_mean_of_patches"))
+    panels = (("loss", "frame_loss", "utterance_loss"), ("target_std", "prediction_std"),
+              ("grad_norm",), ("lr",), ("teacher_decay",),
+              ("knn_patches", "knn_cls", "knn_mean_of_patches"))
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")

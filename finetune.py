@@ -516,7 +516,8 @@ def write_results(results, data, recipe, config):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     said = json.dumps({"data": str(data), "skipped": data.clips.skipped, "results": results,
                        "recipe": vars(recipe), "config": vars(config),
-                       "command": sys.argv, "versions": versions}, indent=1, allow_nan=False)
+                       "command": sys.argv, "versions": versions}, indent=1, allow_nan=False,
+                      default=str)
     Path(recipe.out, "results.json").write_text(said)
     best = results.get("fine-tuned") or results["patches"]
     if data.multi_label or recipe.shots:
@@ -548,6 +549,8 @@ def read_files(model, config, path, machine, read, every=None, average=False):
     if path == "demo":
         raise UsageError("demo: has no files; expected sound")
     hop, least = config.frames * SHIFT, WINDOW  # samples: between windows; that one must have
+    if every and 100 * every > config.frames:
+        raise UsageError(f"--every {every}: the model hears {config.frames / 100} s at a time")
     if every:  # each looks at twice its time, so that an event on an edge is whole in one of them
         hop, least = every * SAMPLE_RATE, 1
         frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
@@ -594,7 +597,7 @@ def predict(args):
         try:
             for name, starts, ends, found in files:
                 for start, end, row in zip(starts, ends, found["probabilities"]):
-                    print(name + (f" {start:.2f} to {end:.2f} s" if args.every else ""))
+                    print(printable(name) + (f" {start:.2f} to {end:.2f} s" if args.every else ""))
                     for k in np.argsort(-row)[: args.top]:
                         print(f"    {row[k]:6.1%}  {model.classes[k]}")
         except UsageError as error:  # the other paths' labels are not lost for it
@@ -796,7 +799,7 @@ def settle(given):
     start, tensors = EATConfig.preset(asked.preset), None
     if resumed:
         start, tensors = EATConfig(**resumed["config"]), resumed["start"]
-    elif asked.checkpoint:  # read once: it may be replaced while pre-training goes on
+    elif asked.checkpoint is not None:  # read once: it may be replaced while pre-training goes on
         encoder = eat.load_encoder(asked.checkpoint)
         start, tensors = encoder.config, encoder.state_dict()
     data = open_labelled(asked.data, start.frames, asked.esc10, asked.seed)
