@@ -655,8 +655,8 @@ def open_labelled(path, frames, esc10=False, seed=0):
     reason = "not in the pack" if source.packed else "no such file"
     missing = {name: reason for name in names if name not in file_of}
     if len(np.unique(places)) < 2:
-        raise AudioError(path, f"{kind}: no clips to train on, or to test on (one fold or none) "
-                         + describe_skipped(missing))
+        raise AudioError(path, f"{kind}: no clips to train on, or to test on (one fold or none); "
+                               f"clips missing: {describe_skipped(missing) or 'none'}")
     clips = Clips(source, frames, [file_of[names[k]] for k in keep])
     clips.skipped = missing
     weights = weights[0][keep] if weights else None
@@ -718,7 +718,8 @@ def _manifests(path, *_):
 def _class_folders(path, _, seed):
     """A folder a class, perhaps within train/ and test/ (under any of their usual names); else a
     stratified fifth is kept to test on."""
-    parts = {name.lower(): os.path.join(path, name) for name in os.listdir(path)}
+    parts = {name.lower(): os.path.join(path, name) for name in os.listdir(path)
+             if os.path.isdir(os.path.join(path, name))}
     train = [name for name in ("train", "training") if name in parts]
     test = [name for name in ("test", "testing", "eval", "val", "valid", "validation", "dev")
             if name in parts]
