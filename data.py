@@ -18,7 +18,6 @@ import json
 import math
 import multiprocessing.pool
 import os
-import re
 import signal
 import sys
 import typing
@@ -74,8 +73,10 @@ def load_audio(path, start=0.0, seconds=math.inf):
     blocks = []
     with opened(path) as file, np.errstate(all="ignore"):  # what is not finite is found below
         rate = file.samplerate
-        if start:  # GSM, for one, cannot seek
+        if file.seekable():
             file.seek(round(start * rate))
+        else:  # as GSM's are
+            file.read(round(start * rate), "float32")
         left = math.ceil(seconds * rate) if seconds < math.inf else file.frames
         most = (1 << 22) // file.channels  # block by block: a header may claim any length
         while left > 0 and len(block := file.read(min(left, most), "float32", always_2d=True)):
@@ -84,8 +85,8 @@ def load_audio(path, start=0.0, seconds=math.inf):
     if not blocks:
         raise AudioError(path, "holds no samples")
     waveform = _resampled(torch.from_numpy(np.concatenate(blocks)), rate)
-    if not waveform.abs().max() < 1e12:  # of more the spectrogram is not finite, either
-        raise AudioError(path, "holds samples that are not finite, or beyond all measure")
+    if not waveform.abs().max() < 1e12:  # no sound; from 1e18 on its spectrogram is not finite
+        raise AudioError(path, "holds samples that are not finite, or above 1e12")
     return waveform
 
 
@@ -295,7 +296,7 @@ class Clips(Dataset):
         if median < 0.6 * self.samples:
             return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
                     f"and the rest of them is padding: try --frames {frames}")
-        if median > 1.5 * self.samples and self.silence:
+        if median > 1.5 * self.samples and not self.start.any():
             seconds = 1.5 * self.samples / SAMPLE_RATE
             return (f"; half of the files are longer than {seconds:.2f} s, and of each only the "
                     "beginning is used: see --frames")
@@ -354,8 +355,8 @@ def _warn(error):
 
 def find_audio(path):
     """The sound files that `path` stands for: a folder, searched recursively, and sorted; a sound
-    file; or a list, a path a line from the list's folder on, or the release's manifest (first line
-    the root folder, then `path<tab>samples`). Raises AudioError where there are none."""
+    file; or a list, with one path a line, relative to the list's folder, or the release's manifest
+    (first line the root folder, then `path<tab>samples`). Raises AudioError where there is none."""
     if os.path.isdir(path):
         found, seen = [], set()
         for folder, below, names in os.walk(path, onerror=_warn, followlinks=True):
@@ -375,7 +376,8 @@ def find_audio(path):
             root = os.path.join(root, found.pop(0))
         found = [os.path.join(root, name) for name in found]
     if not found:
-        raise AudioError(path, f"no sound in it; looked for {' '.join(AUDIO_ENDINGS)}")
+        raise AudioError(path, f"no sound in it, or an empty list; looked for "
+                               f"{' '.join(AUDIO_ENDINGS)}")
     return found
 
 
@@ -468,8 +470,8 @@ def _settle_worker(_):
 
 
 def pack(source, out, workers):
-    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. Files that cannot be
-    read to their end are left out. Of the others nothing is lost but what 16 bits at 16 kHz cannot
+    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. Files in which
+    reading fails are left out. Of the others nothing is lost but what 16 bits at 16 kHz cannot
     hold: a file whose peak is over 1 is scaled down, and its unit says by how much."""
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
@@ -585,7 +587,8 @@ class Demo:
 
 @dataclasses.dataclass
 class Labelled:
-    """Clips with labels, one clip a file. Where one cannot be used, no other takes its place."""
+    """Clips with labels, one clip a file. Where one cannot be used, no other takes its place, but
+    in fine-tuning's training part."""
 
     kind: str  # "ESC-50", "Speech Commands", "AudioSet manifests", "folder of classes", "demo"
     clips: Clips
@@ -704,14 +707,14 @@ def _manifests(path, *_):
             raise AudioError(path, f"{part}.tsv lists {len(names)} clips, {part}.lbl labels "
                                    f"{len(labels)}; is the folder in the first line there?")
         rows += [(name, clip, part) for name, clip in zip(names, labels)]
-    found = sorted(name for name in os.listdir(path) if re.match(r"weight.*\.csv", name))
+    found = sorted(Path(path).glob("weight*.csv"))
     if not found:
         return "AudioSet manifests", rows, classes
-    weights = torch.tensor([float(line) for line in read_lines(os.path.join(path, found[0]))])
+    weights = torch.tensor([float(line) for line in read_lines(found[0])])
     trained = sum(part == "train" for _, _, part in rows)
     if len(weights) != trained or not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-        raise AudioError(path, f"{found[0]} must hold {trained} weights, one of at least 0 for "
-                               "each training clip")
+        raise AudioError(found[0], f"must hold {trained} weights, one of at least 0 for each "
+                                   "training clip")
     return "AudioSet manifests", rows, classes, F.pad(weights, (0, len(rows) - trained))
 
 
@@ -810,7 +813,7 @@ def run(program, job):
             if hasattr(stream, "reconfigure"):  # a notebook's has not
                 # Names need not be in its encoding.
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)
-            if "write" not in vars(stream):  # of an earlier call
+            if "write" not in vars(stream):  # else an earlier call has done it
                 # Not as attributes, which some streams hand on to another.
                 vars(stream).update(write=harmless(stream.write), flush=harmless(stream.flush))
             setattr(sys, name, stream)

@@ -77,8 +77,8 @@ class EATConfig:
     heads: int = option(12, "attention heads")
     mlp_ratio: float = option(4.0, "hidden width of a block's MLP, in units of D", most=64)
     norm_eps: float = option(1e-6, "epsilon of the encoder's LayerNorms")
-    decoder_layers: int = option(6, "convolutions in the CNN decoder")
-    decoder_kernel: int = option(3, "their kernel size")
+    decoder_layers: int = option(6, "convolutions in the CNN decoder", most=99)
+    decoder_kernel: int = option(3, "their kernel size", most=99)
     decoder_groups: int = option(16, "their groups")
     masking: str = option("inverse_block", "which patches stay visible",
                           choices=("inverse_block", "block", "random"))
@@ -803,7 +803,8 @@ def stop_signals():
     with contextlib.ExitStack() as afterwards:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is under nohup
-                before[number] = signal.signal(number, catch)
+                before[number] = signal.getsignal(number)
+                signal.signal(number, catch)
                 afterwards.callback(signal.signal, number, before[number])
         yield caught
 
@@ -961,7 +962,7 @@ def read_checkpoint(path):
             raise  # that is not the file's fault
         known = type(error) is ValueError
         reason = str(error) if known else f"not a whole checkpoint ({type(error).__name__})"
-        if path.endswith("last.pt"):
+        if path.endswith("last.pt") and os.path.exists(path[:-7] + "previous.pt"):
             reason += "; to go on from the one before it, rename previous.pt to last.pt"
         raise UsageError(f"{path}: {reason}") from None
     return state
@@ -1025,7 +1026,7 @@ POSITIONS = "fixed_positional_encoder.positions"  # computed here
 
 
 class Stub:
-    """Stands in for a class that nobody has: it keeps its state, and calls nothing."""
+    """Stands in for a class that nobody has: it keeps its attributes, and calls nothing."""
 
     def __init__(self, *arguments):
         pass
@@ -1057,8 +1058,8 @@ def our_name(name):
 
 
 def sizes_of(model):
-    """The sizes that a model's tensors have, whatever its file says: so that no file's words can
-    ask for more memory than it holds."""
+    """The width and depth that a model's tensors have, whatever its file says: so that no file's
+    words can ask for far more memory than it holds."""
     encoder = encoder_of(model)
     if "patches.proj.bias" not in encoder:
         raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
@@ -1238,9 +1239,10 @@ MAY_CHANGE = {"data", "out", "resume", "accumulate", "log_every", "save_every", 
 def settings(kind, *values):
     """A dataclass of those of some dicts' values that are its fields; where several dicts have one,
     the last counts. Raises UsageError."""
+    merged = {name: os.fspath(value) if isinstance(value, os.PathLike) else value
+              for each in values for name, value in each.items()}
     try:
-        return kind(**{name: value for each in values for name, value in each.items()
-                       if name in kind.__dataclass_fields__})
+        return kind(**{name: merged[name] for name in merged if name in kind.__dataclass_fields__})
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -1259,7 +1261,7 @@ def resume(given, own):
         raise UsageError(f"{out}: not a run of this program")
     known = {**state["config"], **state["recipe"]}
     for name, value in given.items():
-        if name in known and name not in MAY_CHANGE and value != known[name]:
+        if name in known and name not in MAY_CHANGE and str(value) != str(known[name]):
             raise UsageError(f"--{name.replace('_', '-')} {value}: the run in {out} has "
                              f"{known[name]}, and keeps it; start another with another --out")
     return state
@@ -1291,7 +1293,7 @@ def choose_parts(batch_size, config, machine):
 def choose_steps(recipe, config, clips, machine):
     """How long to train, where neither --steps nor the preset says."""
     if recipe.hours:
-        trial = dataclasses.replace(recipe, steps=30, log_every=10)
+        trial = dataclasses.replace(recipe, steps=30, log_every=10, save_every=30, probe_every=30)
         rate = train(config, trial, clips, machine, saving=False)["steps_per_second"]
         return max(1, int(recipe.hours * 3600 * machine.reduce(rate, "MAX")))
     # 20 passes over the data, as many as the authors gave their large model, but no fewer than

@@ -516,8 +516,7 @@ def write_results(results, data, recipe, config):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     said = json.dumps({"data": str(data), "skipped": data.clips.skipped, "results": results,
                        "recipe": vars(recipe), "config": vars(config),
-                       "command": sys.argv, "versions": versions}, indent=1, allow_nan=False,
-                      default=str)
+                       "command": sys.argv, "versions": versions}, indent=1, allow_nan=False)
     Path(recipe.out, "results.json").write_text(said)
     best = results.get("fine-tuned") or results["patches"]
     if data.multi_label or recipe.shots:
@@ -550,8 +549,9 @@ def read_files(model, config, path, machine, read, every=None, average=False):
         raise UsageError("demo: has no files; expected sound")
     hop, least = config.frames * SHIFT, WINDOW  # samples: between windows; that one must have
     if every and 100 * every > config.frames:
-        raise UsageError(f"--every {every}: the model hears {config.frames / 100} s at a time")
-    if every:  # each looks at twice its time, so that an event on an edge is whole in one of them
+        raise UsageError(f"--every {every}: at most {config.frames / 100}, what the model hears at "
+                         "a time")
+    if every:  # each looks at up to twice its time, so that an event on an edge is whole in one
         hop, least = every * SAMPLE_RATE, 1
         frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
         config = dataclasses.replace(config, frames=min(config.frames, frames),
