@@ -2633,12 +2633,12 @@ def test_nccl_with_one_process_changes_no_gradient(tmp_path):
     x, model, machine = torch.randn(2, 1, 256, 128), EAT(BASE), machine_of("cuda", compile=True)
     mask = model.draw_mask(x)
     _, alone = losses_and_gradients(model, x, mask, machine)
-    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0,
-                                         world_size=1)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1,
+                                         init_method=f"file://{tmp_path}/store")
     try:
         machine.world = 2  # so that it prepares the model for several
         _, found = losses_and_gradients(model, x, mask, machine)
-        assert machine.reduce(3).item() == 3
+        assert machine.reduce(3).item() == machine.reduce(torch.tensor(3).cuda()).item() == 3
     finally:
         torch.distributed.destroy_process_group()
     assert relative_error(joined(found.values()), joined(alone.values())) < 1e-3
