@@ -761,8 +761,8 @@ class Machine:
         return int(self.reduce(mine, "MIN"))
 
     def reduce(self, value, how="SUM"):
-        """A tensor's (or number's) sum, or "MAX" or "MIN", over the processes. A plain
-        number is exchanged between the hosts, so that none waits for its card."""
+        """A tensor's (or number's) sum, or "MAX" or "MIN", over the processes. A plain number is
+        exchanged between the hosts, so that none waits for its card."""
         if self.world == 1:
             return value
         value = torch.as_tensor(value)
