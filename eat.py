@@ -814,17 +814,15 @@ def stop_signals():
 class Log:
     """log.jsonl, a line of averages every few steps; a bar on a terminal, else a line a minute."""
 
-    def __init__(self, out, step, steps, machine, clips, name="step", keep=None):
+    def __init__(self, out, step, steps, machine, clips, name="training", keep=None):
         self.machine, self.clips = machine, clips
         self.path = os.path.join(out, "log.jsonl") if out and machine.rank == 0 else None
         self.step, self.since, self.probes = step, time.perf_counter(), set()
         if machine.rank > 0:
             clips.named = len(clips.skipped)  # the first process names those
-        terminal = sys.stderr.isatty()
-        plain = "{l_bar}{n}/{total} {rate_fmt}, about {remaining} to go{postfix}\n"
-        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step", disable=machine.rank > 0,
-                        mininterval=0.1 if terminal else 60, maxinterval=60,
-                        bar_format=None if terminal else plain)
+        self.name, self.said = name, time.perf_counter()
+        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step",
+                        disable=machine.rank > 0 or not sys.stderr.isatty())
         if self.path and os.path.exists(self.path):
             # Lines after the checkpoint of a resumed run will come again; spoilt ones go, too.
             keep = keep or (lambda line: 0 < step >= line["step"])
@@ -847,8 +845,14 @@ class Log:
         self.append(line)
         self.bar.set_postfix({k: x for k, x in means.items() if x}, refresh=False)
         self.bar.update(steps)
-        if step >= 20 > self.step:  # soon, and without a terminal too: how long will it take?
-            self.bar.refresh()
+        now = time.perf_counter()
+        due = step >= 20 > self.step or step == self.bar.total or now > self.said + 60
+        if due and self.machine.rank == 0 and not sys.stderr.isatty():
+            left = datetime.timedelta(seconds=round((self.bar.total - step) * seconds / steps))
+            shown = ", ".join(f"{key} {x:.3g}" for key, x in means.items() if x)
+            print(f"{self.name}: step {step:,} of {self.bar.total:,}, about {left} to go; {shown}",
+                  file=sys.stderr)
+            self.said = now
         new = dict(list(self.clips.skipped.items())[self.clips.named :])
         if new:
             self.clips.named += len(new)

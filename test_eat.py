@@ -632,6 +632,14 @@ def test_a_run_learns_logs_and_leaves_an_encoder(whole_run):
     assert any(not torch.equal(teacher[name], student[name]) for name in teacher)
 
 
+def test_progress_without_a_terminal_is_plain_lines(sounds, tmp_path, capsys):
+    assert eat.main(flags(sounds, tmp_path, "--steps=22", "--log-every=10")) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
+    for line, step in zip(said, (20, 22), strict=True):  # soon; later every minute; at the end
+        pattern = rf"training: step {step} of 22, about 0:00:\d\d to go; loss \S+, frame_loss .*"
+        assert re.fullmatch(pattern, line)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_16_bits_learn_what_float32_learns(precision, sounds, whole_run, tmp_path, monkeypatch):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)  # no step is lost to finding it
