@@ -6,8 +6,8 @@
 The method is that of *EAT: Self-Supervised Pre-Training with Efficient Audio Transformer* (Chen,
 Liang, Ma, Zheng, Chen; IJCAI 2024; arXiv 2401.03497). The file runs in the paper's order: CNN
 encoder, transformer, inverse block multi-mask, CNN decoder, teacher, utterance-frame objective;
-then the recipe, the training loop, a probe. Where the paper and the released code differ, this
-file follows "the release" and says so.
+then the recipe, the training loop, a probe. From `Machine` on it is engineering. Where the paper
+and the released code differ, this file follows "the release" and says so.
 
 Letters in the shape comments:
     B clips    C clones of each    views = B * C    T frames of 10 ms    D channels
@@ -53,19 +53,19 @@ TARGET_EPS = 1e-5  # epsilon of the norms without parameters, in targets and dec
 
 
 def option(default, help, **more):
-    """A dataclass field that is a command-line flag too: `mask_ratio` is `--mask-ratio`."""
+    """A field that is a flag too, mask_ratio --mask-ratio; `more`: its least, most, or choices."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
 def check_numbers(settings):
-    """Refuse nan, inf, an int below 1, a float below 0, or what its `least` and `most` exclude."""
+    """Raise ValueError where a number is not finite or out of its limits; an int's begin at 1."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         least = field.metadata.get("least", 1 if field.type is int else 0)
         most = field.metadata.get("most", sys.float_info.max)
         if field.type in (int, float) and value is not None and not least <= value <= most:
             limit = f", at most {most}" if "most" in field.metadata else ""
-            raise ValueError(f"{field.name} ({value}) must be a number of at least {least}{limit}")
+            raise ValueError(f"{field.name} ({value}) must be finite, at least {least}{limit}")
 
 
 @dataclasses.dataclass
@@ -75,7 +75,7 @@ class EATConfig:
     dim: int = option(768, "channels D of the encoder")
     depth: int = option(12, "transformer blocks")
     heads: int = option(12, "attention heads")
-    mlp_ratio: float = option(4.0, "hidden width of a block's MLP, in units of D", most=64)
+    mlp_ratio: float = option(4.0, "hidden width of the MLPs, in units of D", least=0.5, most=64)
     norm_eps: float = option(1e-6, "epsilon of the encoder's LayerNorms")
     decoder_layers: int = option(6, "convolutions in the CNN decoder", most=99)
     decoder_kernel: int = option(3, "their kernel size", most=99)
@@ -84,8 +84,8 @@ class EATConfig:
                           choices=("inverse_block", "block", "random"))
     clones: int = option(16, "differently masked copies C of each clip")
     mask_ratio: float = option(0.8, "share of the patches that is masked")
-    mask_block: int = option(5, "side of a mask block, in patches")
-    mask_adjust: float = option(0.07, "added to the share of blocks in a mask, as blocks overlap")
+    mask_block: int = option(5, "side of a block, in patches")
+    mask_adjust: float = option(0.07, "added to the share that blocks are drawn for: they overlap")
     mask_noise_std: float = option(0.01, "deviation of the decoder's input at masked places")
     utterance_weight: float = option(192.0, "lambda; see the loss for why it is not the paper's 1")
     frame_weight: float = option(1.0, "weight of the frame loss (the release has none)")
@@ -96,7 +96,7 @@ class EATConfig:
 
     def __post_init__(self):
         check_numbers(self)
-        for name, right, wanted in (
+        for name, fits, wanted in (
             ("heads", self.dim % self.heads == 0, f"must divide dim {self.dim}"),
             ("dim", self.dim % 4 == 0, "must be a multiple of 4, for the positions"),
             ("decoder_groups", self.dim % self.decoder_groups == 0, f"must divide dim {self.dim}"),
@@ -109,7 +109,7 @@ class EATConfig:
             ("target_blocks", (self.target_blocks or 1) <= self.depth,
              f"must be at most depth ({self.depth})"),
         ):
-            if not right:
+            if not fits:
                 raise ValueError(f"{name} ({getattr(self, name)}) {wanted}")
 
     @property
@@ -127,10 +127,9 @@ class EATConfig:
         return cls(**{**PRESETS[name], **changes})
 
 
-# What a preset does not name is the default. "demo" and "tiny" are for short runs, in which the
-# release's utterance weight does harm: on ESC-10, after 600 steps of 4 clips of 5 s, nearest
-# neighbours found 48 % with weight 192 and 63 % with 1, a linear probe 34 % and 70 %. For "tiny"
-# 8 clones of 1.28 s did better than 4 of 2.56 s: 70 and 64 % (ESC-50's fold 1, linear, step 3,500).
+# What a preset does not name is the default. "demo" and "tiny" are for short runs. There the
+# release's utterance weight does harm: after 600 steps a linear probe on ESC-10 found 34 % with 192
+# and 70 % with 1. 8 clones of 1.28 s did better than 4 of 2.56 s: 70 and 64 % (ESC-50's fold 1).
 PRESETS = {
     "demo": dict(dim=128, depth=4, heads=2, clones=8, frames=256, utterance_weight=1.0),
     "tiny": dict(dim=192, depth=6, heads=3, clones=8, frames=128, utterance_weight=1.0),
@@ -147,7 +146,7 @@ def sincos_positions(H, W, D, device=None):
     the last D/2 the time row. They depend on row and column alone, so any length works."""
     omega = 1 / 10000.0 ** (torch.arange(D // 4, device=device) / (D // 4))
     place = torch.arange(H * W, device=device)[:, None]  # patches run row by row
-    column, row = place % W * omega, place // W * omega  # (H * W, D / 4)
+    column, row = (place % W) * omega, (place // W) * omega  # (H * W, D / 4)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
 
 
@@ -179,7 +178,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if x.device.type == "cpu" and q.dtype != torch.float32:
             # Written out: the CPU's fused attention takes 3.5 times as long in bfloat16.
-            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+            weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
             attended = weights.to(v.dtype) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
@@ -201,13 +200,13 @@ class Block(nn.Module):
         self.drop_path = 0.0  # fine-tuning only: how often a clip skips attention, or MLP
 
     def forward(self, x):
-        # Under autocast x stays in float32 from the first patch to the last block. In bfloat16 a
-        # step of base took 4 % less on a card, but CLS's gradient was 11 % off the release's.
-        x = self.norm1(x + self.dropped(self.attn(x)))
+        # The residual stream x stays in float32 under autocast. To keep it in bfloat16 saved 4 % of
+        # a step of base on a card, but CLS's gradient was then 11 % off the release's.
+        x = self.norm1(x + self.drop_some(self.attn(x)))
         f = self.mlp(x)
-        return self.norm2(x + self.dropped(f)), f
+        return self.norm2(x + self.drop_some(f)), f
 
-    def dropped(self, x):
+    def drop_some(self, x):
         """DropPath: zero for some clips, scaled up for the others, so that the mean stays."""
         if not self.training or not self.drop_path:
             return x
@@ -216,7 +215,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The network that student and teacher share, and that pre-training is for."""
+    """The network that student and teacher both are, and that pre-training is for."""
 
     def __init__(self, config):
         super().__init__()
@@ -225,8 +224,8 @@ class Encoder(nn.Module):
         self.cls = nn.Parameter(torch.empty(1, 1, config.dim))
         self.pre_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        nn.init.normal_(self.cls)
-        nn.init.xavier_uniform_(self.patches.proj.weight.flatten(1))
+        nn.init.normal_(self.cls)  # all as in the release
+        nn.init.xavier_uniform_(self.patches.proj.weight.flatten(1))  # a view: fills the weight
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -238,7 +237,7 @@ class Encoder(nn.Module):
         if keep is not None:
             # Repeat per clone, then drop what is masked: (B, 1, N, D) is indexed by (B, C, K, 1).
             x = x[:, None].take_along_dim(keep[..., None], dim=2).flatten(0, 1)  # (B * C, K, D)
-        cls = self.cls.expand(len(x), -1, -1).to(x.dtype)  # CLS has no position
+        cls = self.cls.expand(len(x), -1, -1).to(x.dtype)  # joins after the positions: it has none
         return self.pre_norm(torch.cat([cls, x], dim=1))
 
     def forward(self, spectrogram, keep=None):
@@ -253,7 +252,7 @@ class Encoder(nn.Module):
 
 
 def count_visible(patches, mask_ratio):
-    """K: how many of N patches every mask keeps. In floats, as the release counts: 102 of 512."""
+    """K, of N patches. In floats, as in the release: of 512 they leave 102; of 80 15, not 16."""
     return int(patches * (1 - mask_ratio))
 
 
@@ -266,14 +265,14 @@ def inverse_block_mask(clips, clones, grid, mask_ratio=EATConfig.mask_ratio,
                        mask_block=EATConfig.mask_block, mask_adjust=EATConfig.mask_adjust,
                        masking="inverse_block", device=None):
     """Masks for `clones` views of each of `clips` clips on a grid of (H, W) patches
-    -> (clips, clones, H * W) bool, True = masked, with exactly K False in every mask.
+    -> (clips, clones, H * W) bool, True = masked. In every mask exactly K patches are visible.
 
     "inverse_block" (EAT): random blocks, of an odd side, stay visible. The paper's comparison:
     "block", where random blocks are masked, and "random", where every patch is drawn for itself.
 
-    Each patch gets a random score below 1, and the K highest stay visible. Those in blocks get 1
-    more and come first (for "block", 1 less and last). Where blocks cover more or less than K
-    patches, chance decides within them, or among the rest: that makes K exact without a loop.
+    Each patch gets a random score below 1, and the K highest stay visible. A patch in a block gets
+    1 more, so that it comes first; for "block" 1 less, so that it comes last. Where the blocks are
+    too many or too few patches, chance decides, so that K is exact without a loop.
     """
     H, W = grid
     N, views = H * W, clips * clones
@@ -299,7 +298,7 @@ def inverse_block_mask(clips, clones, grid, mask_ratio=EATConfig.mask_ratio,
 
 
 class Decoder(nn.Module):
-    """Lightweight: grouped 3 x 3 convolutions over the patch grid, then one linear layer."""
+    """Lightweight: residual steps of a grouped convolution over the patch grid; a linear layer."""
 
     def __init__(self, config):
         super().__init__()
@@ -314,8 +313,8 @@ class Decoder(nn.Module):
             if x.is_cuda and torch.compiler.is_compiling():
                 y = dense_convolution(x, conv)  # the same, and faster on a card when compiled
             else:
-                y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels stay last in memory
-            # Unlike a Block's, in 16 bits under autocast: 3 to 13 % faster on a CPU, as exact.
+                y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views: no copy in memory
+            # Unlike in a Block, x has 16 bits under autocast: 3 to 13 % faster on a CPU, as exact.
             x = (x + F.gelu(self.norm(y))).to(y.dtype)
         return self.proj(x)
 
@@ -323,7 +322,7 @@ class Decoder(nn.Module):
 
 
 class EAT(nn.Module):
-    """Student and decoder learn to predict, from a masked clip, the teacher's view of it whole."""
+    """Student and decoder learn to predict, from a masked clip, the teacher's targets for it."""
 
     def __init__(self, config):
         super().__init__()
@@ -331,12 +330,12 @@ class EAT(nn.Module):
         self.student = Encoder(config)
         self.decoder = Decoder(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        # Once. Gathered at every step, these and all parameters cost a small model on a card 15 %.
+        # For the EMA. To walk through the modules at every step took a small model on a card 15 %.
         self.pairs = list(self.teacher.parameters()), list(self.student.parameters())
 
     def train(self, mode=True):
         super().train(mode)
-        self.teacher.eval()  # always
+        self.teacher.eval()  # in either mode
         return self
 
     @torch.no_grad()
@@ -344,12 +343,12 @@ class EAT(nn.Module):
         """EMA, after each optimizer step: teacher <- decay * teacher + (1 - decay) * student. In
         float32, as bfloat16 would round an update of 1e-5 of the difference away."""
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # of all tensors in one call
-        average(*self.pairs, None)  # in place
+        average(*self.pairs, None)  # in place; an EMA needs no count of updates, hence None
 
     @torch.no_grad()
     def targets(self, spectrogram):
-        """(B, 1, T, 128) -> (B, N, D), once a clip, unmasked: all blocks' target outputs, each
-        instance-normalised over its clip's patches, averaged, layer-normalised over channels."""
+        """(B, 1, T, 128) -> (B, N, D), of whole clips: target outputs of all (or the last) blocks,
+        instance-normalised over each clip's patches; averaged; layer-normalised over channels."""
         x = self.teacher.embed(spectrogram)
         outputs = []
         for block in self.teacher.blocks:
@@ -380,15 +379,15 @@ class EAT(nn.Module):
     def forward(self, spectrogram, mask=None):
         """The utterance-frame objective: (B, 1, T, 128), normalised -> dict of scalars
         {loss, frame_loss, utterance_loss, target_std, prediction_std}.
-        mask: (B, C, N) bool, True = masked, equally many in each; None draws one."""
+        mask: (B, C, N) bool, True = masked, all but K in each; None draws one."""
         config = self.config
         grid = (spectrogram.shape[2] // PATCH, MEL_BINS // PATCH)
         if mask is None:
             mask = self.draw_mask(spectrogram)
         K = count_visible(mask.shape[2], config.mask_ratio)
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not ((~mask).sum(2) == K).all():  # on a card the host would wait for the answer
-                raise ValueError(f"every mask must leave exactly {K} of {mask.shape[2]} visible")
+        checked = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checked and not ((~mask).sum(2) == K).all():  # on a card the host would wait for this
+            raise ValueError(f"every mask must leave exactly {K} of {mask.shape[2]} visible")
         keep = visible_patches(mask, K)  # (B, C, K)
 
         targets = self.targets(spectrogram)  # (B, N, D)
@@ -411,7 +410,7 @@ class EAT(nn.Module):
             "loss": loss,
             "frame_loss": frame_loss.detach(),
             "utterance_loss": utterance_loss.detach(),
-            # Standard deviations over patches: either falling towards 0 is collapse.
+            # Of each channel over all patches, then averaged: near 0, either is collapse.
             "target_std": targets.flatten(0, 1).std(0).mean(),
             "prediction_std": prediction.detach().flatten(0, 2).std(0).mean(),
         }
@@ -430,9 +429,9 @@ class Recipe:
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
     steps: int = option(400_000, "optimizer updates; without this flag 20 passes over the data, "
                         "but at least 5,000 updates, and at most these 400,000")
-    hours: float = option(None, "instead of --steps: hours, by a trial of 30 steps", least=1e-9)
+    hours: float = option(None, "instead of --steps: so many as 30 steps of trial say", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
-    accumulate: int = option(1, "parts of a batch, one after the other; more on a small card")
+    accumulate: int = option(1, "parts that a batch is computed in; by default what a card needs")
     lr: float = option(5e-4, "peak learning rate")
     warmup_steps: int = option(None, "linear warm-up; default: 2/15 of --steps", least=0)
     weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
@@ -450,7 +449,7 @@ class Recipe:
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(1000, "steps between checkpoints")
     probe: str = option(None, "labelled sound: nearest neighbours are found before and after")
-    probe_every: int = option(None, "and after every so many steps")
+    probe_every: int = option(None, "probe after every so many steps, too")
 
     def __post_init__(self):
         check_numbers(self)
@@ -460,21 +459,20 @@ class Recipe:
             self.ema_anneal_steps = round(self.steps * 100_000 / 400_000)
 
     def learning_rate(self, update):
-        """Of update 1, 2, ...: linear warm-up from 0, then one cosine to 0 at the last."""
+        """At update 1, 2, ...: linear warm-up from 0, then one cosine to 0 at the last."""
         if update <= self.warmup_steps:
             return self.lr * update / self.warmup_steps
         progress = (update - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.lr * (1 + math.cos(math.pi * progress)) / 2
 
     def teacher_decay(self, update):
-        """After update 1, 2, ...: rises linearly, then stays."""
+        """tau after update 1, 2, ...: rises linearly, then stays."""
         progress = min(1.0, update / max(1, self.ema_anneal_steps))
         return self.ema_decay + (self.ema_end_decay - self.ema_decay) * progress
 
 
 # The recipes of "tiny" and "demo" are ours, for some thousand steps. The release's decay, annealed
 # in proportion, would leave the teacher after 5,000 steps 84 % the random network that it began as.
-# After 900 steps of an earlier "tiny" a constant decay gave 67 % on ESC-10, a rising one 64 %.
 SHORT = dict(ema_decay=0.9995, ema_end_decay=0.9995, stats="measure")
 RECIPES = {
     "tiny": {**SHORT, "batch_size": 16, "lr": 1e-3},
@@ -484,11 +482,10 @@ RECIPES = {
 
 def make_optimizer(model, recipe):
     """Adam with decoupled weight decay over student and decoder; 1-D tensors do not decay."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
     betas = (recipe.beta1, recipe.beta2)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=recipe.adam_eps, fused=True)
 
@@ -496,17 +493,18 @@ def make_optimizer(model, recipe):
 
 
 def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=True):
-    """Pre-train on `clips`, probe on `labelled`, save checkpoints or not -> the log's last line.
+    """Pre-train on `clips`, on a Machine (below), probe on a Labelled or None, go on from what
+    read_checkpoint `resumed`, save checkpoints or not -> the log's last line of averages.
     Raises KeyboardInterrupt with the number of a signal that ended it, and what to do next."""
-    device, step, stop, line = machine.device, 0, 0, None
+    device, step, stop, line = machine.device, 0, 0, None  # stop: the number of a signal
     torch.manual_seed(seed_of(recipe.seed))
     model = EAT(config).to(device)
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
     if resumed:
-        model.load_state_dict(resumed.pop("model"))  # and so its memory is given back
+        model.load_state_dict(resumed.pop("model"))  # popped, so that its memory is given back
         optimizer.load_state_dict(resumed.pop("optimizer"))
         if resumed["scaler"]["growth_interval"] == scaler.get_growth_interval():
-            scaler.load_state_dict(resumed["scaler"])  # else it is another precision's
+            scaler.load_state_dict(resumed["scaler"])  # float16's differs from the others' in that
         step = resumed["step"]
     elif recipe.init:
         start_from(model, recipe.init)
@@ -516,8 +514,9 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     parts = shares(order, recipe.batch_size, size, machine.rank, machine.world)
     parameters = list(model.parameters())  # once, as EAT.pairs
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
-    rows = []  # of the losses and the gradient's norm, a step each, until they are logged
+    rows = []  # a step's losses and norm of the gradient, each, since the last line of the log
     log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
+    # Before the first step; or after the last, where a run was killed in that probe.
     if labelled and step in {0, recipe.steps} - log.probes and machine.rank == 0:
         log.probed(step, probe(model.student, labelled, machine))
 
@@ -572,7 +571,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 check_health(line, int(bad_in_a_row), config, recipe)  # before saving
                 if finished or stop or (save_due and not bad_in_a_row):
                     save(must=finished or stop)
-            if labelled and probe_due and machine.rank == 0:
+            if labelled and probe_due and (finished or not stop) and machine.rank == 0:
                 log.probed(step, probe(model.student, labelled, machine))
     if step < recipe.steps:
         raise KeyboardInterrupt(stop, f"; --resume goes on from {recipe.out}" if saving else "")
@@ -592,45 +591,46 @@ def average_of_blocks(encoder, x):
 
 def mean_and_deviation(x, weights):
     """Of the rows of x (B, H, width), with weights (B, H) that sum to 1 -> (B, 2 * width)."""
-    mean = x[:, 0] + (weights[..., None] * (x - x[:, :1])).sum(1)  # exact for rows that are equal
+    # As differences from the first row: rows that are equal then have it as their mean, exactly.
+    mean = x[:, 0] + (weights[..., None] * (x - x[:, :1])).sum(1)
     variance = (weights[..., None] * (x - mean[:, None]).square()).sum(1)
-    return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # a finite gradient at 0
+    return torch.cat([mean, variance.clamp(min=1e-12).sqrt()], dim=1)  # sqrt's gradient at 0: inf
 
 
 def readings(encoder, x, filled):
-    """What an encoder says of clips (B, 1, T, 128), whose first `filled` (B,) time steps of 16
-    frames hold sound, in three readings. "patches" (B, 2 * 8 * D): the 8 frequencies of a time step
-    side by side, averaged over the blocks; of that the mean and the standard deviation over those
-    time steps, by how loud they are. "CLS" and "mean of patches" (B, D): of the last block."""
+    """What an encoder says of clips (B, 1, T, 128), of which the first `filled` (B,) time steps of
+    16 frames hold sound, in three readings:
+    "patches" (B, 2 * 8 * D): the blocks' average; the 8 patches of each time step side by side;
+        mean and standard deviation over the filled time steps, weighted by how loud they are
+    "CLS" and "mean of patches" (B, D): the last block's; `filled` plays no part"""
     average, tokens = average_of_blocks(encoder, x)
-    time = average[:, 1:].unflatten(1, (x.shape[2] // PATCH, -1)).flatten(2)  # (B, H, 8 * D)
+    rows = average[:, 1:].unflatten(1, (x.shape[2] // PATCH, -1)).flatten(2)  # (B, H, 8 * D)
     # On ESC-50 these weights are worth 2 points (linear; nearest neighbours 6).
     weights = loudness(x, encoder.config.std, filled, PATCH)  # (B, H)
-    return {"patches": mean_and_deviation(time, weights),
+    return {"patches": mean_and_deviation(rows, weights),
             "CLS": tokens[:, 0], "mean of patches": tokens[:, 1:].mean(1)}
 
 
 def read_features(encoder, x, filled):
-    """`readings` of a frozen encoder. Each clip is cut to its own length first, so that padding
-    changes nothing, not through attention either."""
+    """`readings` of a frozen encoder. Each clip is cut to its `filled` time steps first, so that
+    the padding behind them changes nothing, not through attention either."""
     found = {}
     for count in filled.unique().tolist():  # the clips of one length at a time
-        rows = filled == count
-        for name, value in readings(encoder, x[rows, :, : count * PATCH], filled[rows]).items():
-            found.setdefault(name, value.new_empty(len(x), value.shape[1]))[rows] = value
+        mine = filled == count
+        for name, value in readings(encoder, x[mine, :, : count * PATCH], filled[mine]).items():
+            found.setdefault(name, value.new_empty(len(x), value.shape[1]))[mine] = value
     return found
 
 
 def time_steps(samples, frames):
-    """How many time steps of 16 frames, of a clip of `frames`, that many samples fill; at least 1.
-    To count a last one, part padding, cost 0.3 points on ESC-50 (neighbours 1.3), unweighted."""
+    """How many time steps of 16 frames, of a clip of `frames`, some samples fill; at least 1."""
     return (count_frames(samples) // PATCH).clip(1, frames // PATCH)
 
 
 @torch.no_grad()
 def features(encoder, config, clips, numbers, machine, read=read_features):
-    """Call `read` on the clips of some `numbers` -> what it says of them, and their numbers, on the
-    CPU. Clips that cannot be read are missing, and named in clips.skipped."""
+    """Call `read` on the clips of some `numbers` -> what it found, {name: (n, width)}, and the n
+    clips' numbers, on the CPU. Those that cannot be read are missing, and in clips.skipped."""
     parts, used = {}, []
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(32)]
     with loading(clips, chunks, min(machine.workers, len(chunks) - 1), machine.device) as batches:
@@ -651,9 +651,9 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
 
 
 def nearest_neighbours(bank, bank_targets, queries, k=10):
-    """Scores (m, classes) of queries (m, width): the k nearest of the bank (n, width) vote for what
-    they are, bank_targets (n, classes), by the cosine similarity of standardised features."""
-    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # one clip: 0
+    """Scores (m, classes) of queries (m, width): each of the k nearest in the bank (n, width) adds
+    its cosine similarity, of standardised features, to its classes, bank_targets (n, classes)."""
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # of 1 clip 0
     bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
     similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     return (similarity[..., None] * bank_targets[nearest]).sum(1)
@@ -753,7 +753,7 @@ class Machine:
         if self.dtype == torch.float16:
             return torch.amp.GradScaler(self.device.type)
         return torch.amp.GradScaler(self.device.type, init_scale=1.0, growth_interval=2**30,
-                                    backoff_factor=1 - 1e-9)  # in float32: 1
+                                    backoff_factor=1 - 1e-9)  # so it stays 1; 1 is refused
 
     def memory(self):
         """Bytes of the smallest card of the run."""
@@ -792,7 +792,7 @@ def dense_convolution(x, conv):
 @contextlib.contextmanager
 def stop_signals():
     """Ctrl-C, SIGTERM and SIGHUP (a lost terminal) ask a run to end after the step at hand, with a
-    checkpoint; the second one ends it at once -> a list that gets the signal's number."""
+    checkpoint; the same once more ends it at once -> a list that gets the signal's number."""
     caught, before = [], {}
 
     def catch(number, _):
@@ -860,7 +860,7 @@ class Log:
                        sys.stderr)
         if line["not_finite"] and self.machine.rank == 0:
             tqdm.write(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
-                       "steps were not finite, and changed no weight of the student", sys.stderr)
+                       "steps were not finite, and taught the student nothing", sys.stderr)
         self.step, self.since = step, time.perf_counter()
         return line
 
@@ -942,15 +942,16 @@ def find_checkpoints(folder):
 def read_checkpoint(path):
     """Any checkpoint, ours or the release's -> dict: "config", the fields of an EATConfig; "model",
     tensors named student.*, decoder.*, teacher.* of an EAT, or encoder.*, fc_norm.*, head.* of a
-    classifier, which has "classes" and "multi_label" too. No code in a file ever runs."""
+    classifier, which has "classes", "multi_label" and perhaps "head_reads" too. No code in a file
+    ever runs."""
     path = str(path)
     file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
     if not os.path.exists(file):
         raise UsageError(f"{file}: no such file; a checkpoint is the last.pt in a run's --out, a "
                          "fairseq .pt, or a Hugging Face folder or .safetensors")
     try:
-        if os.path.isdir(path) or path.endswith(".safetensors"):
-            state = read_hugging_face(path)
+        if file.endswith(".safetensors"):
+            state = read_hugging_face(file)
         else:
             with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not read them
                 if archive.testzip():
@@ -1102,10 +1103,8 @@ def fairseq_settings(config):
     return {**model, **sound, **(sound.get("decoder") or {})}
 
 
-def read_hugging_face(path):
-    """A folder of config.json and model.safetensors, or a .safetensors with the former beside it or
-    in its metadata."""
-    file = os.path.join(path, "model.safetensors") if os.path.isdir(path) else path
+def read_hugging_face(file):
+    """A .safetensors, whose config is in its metadata, or in the config.json beside it."""
     beside = os.path.join(os.path.dirname(file), "config.json")
     with safetensors.safe_open(file, "pt") as tensors:
         config = json.loads((tensors.metadata() or {}).get("config", "{}"))
@@ -1325,7 +1324,7 @@ def settle(given, machine, resumed=None):
     clips = open_clips(recipe.data, config.frames, recipe.seed, training=True)
     if "init" not in given or "stats" in given:
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
-        config = settings(EATConfig, dataclasses.asdict(config), {"mean": mean, "std": std}, given)
+        config = settings(EATConfig, sizes, {"mean": mean, "std": std}, given)
     values.setdefault("accumulate", choose_parts(recipe.batch_size, config, machine))
     labelled = open_probe(recipe, config)  # a mistake there is told before a trial
     if "steps" not in given and (recipe.hours or "steps" not in values):
@@ -1359,9 +1358,9 @@ def describe(config, recipe, clips, machine, labelled, resumed):
           f"{recipe.seed}")
     print(f"machine  {machine}")
     if labelled:
-        same = recipe.probe == recipe.data != "demo"
+        same = recipe.probe == recipe.data and recipe.data != "demo"
         print(f"probe    {labelled}; chance {1 / len(labelled.classes):.0%}"
-              + ", the very sound it is trained on" * same)
+              f"{', the very sound it is trained on' if same else ''}")
     if resumed:
         print(f"resumed  at step {resumed['step']:,}")
         for name, now in (("clips", len(clips)), ("processes", machine.world)):
@@ -1379,8 +1378,8 @@ def pretrain(**given):
     config, recipe, clips, labelled = settle(given, machine, resumed)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
-            if not resumed:  # has another run written here since we looked?
-                resume({"out": recipe.out}, "processes")
+            if not resumed:
+                resume({"out": recipe.out}, "processes")  # refuses what another run has left since
             describe(config, recipe, clips, machine, labelled, resumed)
         train(config, recipe, clips, machine, resumed, labelled)
     if machine.world > 1:
