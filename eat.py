@@ -70,7 +70,7 @@ def check_numbers(settings):
 
 @dataclasses.dataclass
 class EATConfig:
-    """What the model is. Every default is the release's, for its base model on AudioSet-2M."""
+    """What the model is. Defaults are the release's base on AudioSet-2M; other presets differ."""
 
     dim: int = option(768, "channels D of the encoder")
     depth: int = option(12, "transformer blocks")
@@ -420,7 +420,7 @@ class EAT(nn.Module):
 
 @dataclasses.dataclass
 class Recipe:
-    """How it is trained. Defaults are the release's, for base on AudioSet-2M, unless said."""
+    """How it is trained. Defaults are the release's, unless said; "tiny" and "demo" differ."""
 
     data: str = option(None, "a folder of sound, a file, a list of files, a pack, or 'demo'")
     preset: str = option(None, "sizes, recipe; default: what fits", choices=tuple(PRESETS))
@@ -429,7 +429,7 @@ class Recipe:
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
     steps: int = option(400_000, "optimizer updates; without this flag 20 passes over the data, "
                         "but at least 5,000 updates, and at most these 400,000")
-    hours: float = option(None, "instead of --steps: so many as 30 steps of trial say", least=1e-9)
+    hours: float = option(None, "instead of --steps: hours; a trial of 30 steps is timed", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
     accumulate: int = option(1, "parts that a batch is computed in; by default what a card needs")
     lr: float = option(5e-4, "peak learning rate")
