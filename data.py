@@ -16,7 +16,6 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing.pool
 import os
 import signal
 import sys
@@ -68,8 +67,8 @@ def describe_skipped(skipped, most=3):
 
 def load_audio(path, start=0.0, seconds=math.inf):
     """A sound file, or `seconds` of it from second `start` -> 1-D float32 waveform, mono, 16 kHz,
-    finite. A part is found by seeking, and costs no more memory than it has samples. Raises
-    AudioError."""
+    finite. A part is found by seeking, where the format can seek, and then costs no more memory
+    than it has samples. Raises AudioError."""
     blocks = []
     with opened(path) as file, np.errstate(all="ignore"):  # what is not finite is found below
         rate = file.samplerate
@@ -189,23 +188,18 @@ def loudness(x, std, filled, size):
     return (0.3 * level).masked_fill(padding, -math.inf).softmax(1)
 
 
-def measure_stats(clips, most=1000):
-    """Mean and standard deviation of the log-mel spectrogram over at most `most` clips, evenly
+def measure_stats(clips):
+    """Mean and standard deviation of the log-mel spectrogram over at most 1,000 clips, evenly
     chosen -> (mean, std). Padding does not count."""
     count = total = squares = 0
-    chosen = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
-    for numbers in np.array_split(chosen, math.ceil(len(chosen) / 32)):
-        batch = clips[numbers.tolist()]
+    for number in np.linspace(0, len(clips) - 1, min(1000, len(clips))).astype(int).tolist():
+        batch = clips[[number]]
         if not len(batch.numbers):
-            break  # none of all the clips can be used
-        x = fbank(batch.waveforms).double()
-        sound = torch.arange(x.shape[1]) < count_frames(batch.lengths)[:, None]
-        x = x[sound]
+            raise AudioError(clips.name(0), "neither it nor any other clip can be used")
+        x = fbank(batch.waveforms[:, : batch.lengths.item()]).double()
         count += x.numel()
         total += x.sum().item()
         squares += x.square().sum().item()
-    if not count:
-        raise AudioError(clips.name(0), "neither it nor any other clip can be used")
     mean = total / count
     std = round(math.sqrt(max(0.0, squares / count - mean**2)), 4)
     if not std:
@@ -227,7 +221,8 @@ class Clips(Dataset):
     becomes several clips, the last of which ends with it; or the beginnings of some of its `files`.
 
     A source (SoundFiles, Pack, Demo) has the `names` of its files, their `lengths` in samples, 0
-    where one cannot be read, and read(file, start, count): 1-D float32, at 16 kHz."""
+    where one cannot be read, then `skipped` with the reason, and read(file, start, count): 1-D
+    float32, at 16 kHz. If it is `packed`, reading is no more than copying."""
 
     def __init__(self, source, frames, files=None):
         self.source, self.frames, self.samples = source, frames, clip_samples(frames)
@@ -312,17 +307,15 @@ def shared(x):
 class SoundFiles:
     """Sound files as a source of clips. Their lengths are what their headers say."""
 
-    packed = False  # whether reading is no more than copying
+    packed = False
 
     def __init__(self, names):
         self.names, self.skipped = names, {}
 
     @functools.cached_property
     def lengths(self):
-        with multiprocessing.pool.ThreadPool(8) as pool:
-            found = pool.imap(self._length, range(len(self.names)), 100)
-            return np.array(list(tqdm(found, "reading headers", len(self.names), disable=None,
-                                      leave=False)))
+        numbers = tqdm(range(len(self.names)), "reading headers", disable=None, leave=False)
+        return np.array([self._length(number) for number in numbers])
 
     def _length(self, file):
         path = self.names[file]
@@ -470,9 +463,9 @@ def _settle_worker(_):
 
 
 def pack(source, out, workers):
-    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. Files in which
-    reading fails are left out. Of the others nothing is lost but what 16 bits at 16 kHz cannot
-    hold: a file whose peak is over 1 is scaled down, and its unit says by how much."""
+    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. A file in which
+    reading fails keeps its name alone. Of the others nothing is lost but what 16 bits at 16 kHz
+    cannot hold: one whose peak is over 1 is scaled down, and its unit says by how much."""
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
     paths = find_audio(lists[0] if manifests else source)
@@ -683,13 +676,14 @@ def _esc(path, esc10, _):
 
 def _speech_commands(path, *_):
     """Speech Commands: a folder a word, and two lists; what is on neither is for training."""
-    validation, tested = ({os.path.normpath(os.path.join(path, line.strip()))
-                           for line in read_lines(os.path.join(path, f"{part}_list.txt"))}
-                          for part in ("validation", "testing"))
+    places = {}
+    for part in ("validation", "testing"):
+        for line in read_lines(os.path.join(path, f"{part}_list.txt")):
+            places[os.path.normpath(os.path.join(path, line.strip()))] = part
     rows = []
     for name, words in _folders_of_classes(path):  # _background_noise_ is no class
-        if os.path.normpath(name) not in validation:
-            place = "test list" if os.path.normpath(name) in tested else "train"
+        place = places.get(os.path.normpath(name), "train")
+        if place != "validation":
             rows.append((name, words, place))
     return "Speech Commands", rows, sorted({word for _, (word,), _ in rows})
 
@@ -771,8 +765,8 @@ class RunStopped(RuntimeError):
 class Parser(argparse.ArgumentParser):
     """Flags in full, and one line for a wrong one."""
 
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, allow_abbrev=False,
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
@@ -788,7 +782,8 @@ class Parser(argparse.ArgumentParser):
                     how = {"action": argparse.BooleanOptionalAction}
                 elif not how["choices"]:
                     how["metavar"] = field.type.__name__.upper()
-                default = "" if field.default in (None, False) else f" [{field.default}]"
+                hidden = field.default is None or field.default is False  # 0 is neither
+                default = "" if hidden else f" [{field.default}]"
                 group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                                    help=field.metadata["help"] + default, **how)
 

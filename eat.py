@@ -429,7 +429,7 @@ class Recipe:
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
     steps: int = option(400_000, "optimizer updates; without this flag 20 passes over the data, "
                         "but at least 5,000 updates, and at most these 400,000")
-    hours: float = option(None, "instead of --steps: hours; a trial of 30 steps is timed", least=1e-9)
+    hours: float = option(None, "hours, instead of --steps; 30 trial steps are timed", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
     accumulate: int = option(1, "parts that a batch is computed in; by default what a card needs")
     lr: float = option(5e-4, "peak learning rate")

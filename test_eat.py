@@ -948,6 +948,7 @@ BAD_INPUT = {
     "finetune": [
         ("--stepz=3", "--stepz=3"), ("--data=nowhere", "no such folder"),
         ("--fold=9", "--fold 9"), ("--checkpoint=nowhere.pt", "no such file"),
+        ("--data=demo --esc10", "a demo, not ESC-50"),
         ("--drop-path=1", "drop_path (1.0)"), ("--l2=0", "l2 (0.0)"),
         ("embed demo --checkpoint={last}", "has no files"),
         ("--checkpoint={broken}/a.wav", "a.wav: not a whole checkpoint"),
@@ -959,15 +960,15 @@ BAD_INPUT = {
         ("--mode=linear --shots=0,x", "--shots 0,x"), ("look nowhere.wav", "no such file"),
         ("look demo --out={empty}/a.xyz", "Format 'xyz' is not supported"),
         ("look demo --out=/dev/null/x.png", "expected a folder"),
-        ("predict a.wav --checkpoint={tuned}/last.pt --every=1e307", "at most a million"),
+        ("predict a.wav --checkpoint={tuned}/last.pt --every=1e307", "at most 0.64, what"),
         ("look demo --seed=x", "invalid int value"), ("--checkpoint=", "no such file"),
         ("predict a.wav --checkpoint={tuned}", "model.safetensors: no such file"),
         ("predict a.wav --checkpoint={tuned}/last.pt --every=2", "at most 0.64, what"),
         ("embed {empty} --checkpoint={last} --workers=-1", "at least 0"),
         ("embed a.wav --checkpoint={last} --out={last}/x.npz", "expected a folder"),
         ("embed nowhere --checkpoint={last}", "no such file or folder"),
-        ("predict {empty} --checkpoint={last} --top=0", "--top 0: must be above 0"),
-        ("predict {empty} --checkpoint={last} --every=nan", "must be above 0"),
+        ("predict {empty} --checkpoint={last} --top=0", "--top 0: must be at least 1"),
+        ("predict a.wav --checkpoint={tuned}/last.pt --every=nan", "nan: above 0"),
         ("predict {empty} --checkpoint={last}", "without a classifier"),
         ("predict {broken} --checkpoint={tuned}/last.pt --labels={broken}/a.wav",
          "1 names for 2 classes"), ("--data={broken}", "no labelled data set")],
@@ -1020,6 +1021,7 @@ def test_help_names_every_field(capsys):
         said = capsys.readouterr().out
         names = [name for kind in kinds for name in kind.__dataclass_fields__]
         assert all("--" + name.replace("_", "-") in said for name in names)
+        assert "[0]" in said  # a default of 0 is told
 
 # ---- eat.py: what goes wrong ---------------------------------------------------------------------
 
@@ -1897,7 +1899,7 @@ def test_folders_of_classes_have_parts_or_lists_or_neither(tmp_path):
     (folder / "testing_list.txt").write_text(tested)
     speech = labelled(folder)
     assert (speech.kind, speech.classes) == ("Speech Commands", ["bed", "cat"])
-    train, test = speech.folds["test list"]
+    train, test = speech.folds["testing"]
     assert len(speech.clips) == 4  # without those of the validation list
     assert (names(speech, train), names(speech, test)) == (["2.wav"] * 2, ["1.wav"] * 2)
 
@@ -2165,7 +2167,8 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, start_from, tmp_pat
     said = predict(esc, "--top=1")
     assert said.count("%  chainsaw") == said.count("%  rooster") == 4
     table = "index,mid,display_name\n1,/m/b,Saw\n0,/m/a,\"Bird, big\"\n"
-    for content in (table, "Bird, big\nSaw\n", "\ufeffBird, big\r\nSaw\r\n"):
+    commas = "Bird, big, loud\nSaw, small, loud\n"  # is no table
+    for content in (table, commas, "\ufeffBird, big\r\nSaw\r\n"):
         names.write_bytes(content.encode())
         said = predict(clip, f"--labels={names}")
         assert said.index("%  Saw") < said.index("%  Bird, big")
