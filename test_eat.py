@@ -417,15 +417,15 @@ def test_learning_rate_and_teacher_decay_of_the_release():
     assert (short.warmup_steps, short.ema_anneal_steps, short.lr) == (533, 1000, 5e-4)
 
 
-def waves(loud=(), size=8):
+def waves(loud=(), size=8, frames=64):
     """As many clips of noise as asked for. The batches of two whose numbers are `loud` (in the
     order of reading, from 0) are loud beyond all measure."""
     reads = itertools.count()
     sound = types.SimpleNamespace(packed=False, skipped={}, names=range(size),
-                                  lengths=np.full(size, data.clip_samples(64)))
+                                  lengths=np.full(size, data.clip_samples(frames)))
     sound.read = lambda file, start, count: (
         torch.rand(count) * (1e30 if next(reads) // 2 in loud else 1.0))
-    return data.Clips(sound, 64)
+    return data.Clips(sound, frames)
 
 
 @pytest.mark.parametrize("clips, given, steps", [
@@ -1026,11 +1026,11 @@ def test_help_names_every_field(capsys):
 # ---- eat.py: what goes wrong ---------------------------------------------------------------------
 
 
-def train(out, machine, clips, resumed=None, **more):
+def train(out, machine, clips, resumed=None, config=small(), **more):
     """A run of eat.train with batches of 2 -> its last checkpoint, and the one before."""
     how = dict(batch_size=2, lr=1e-3, warmup_steps=0, log_every=1, save_every=1)
     resumed = resumed and {**resumed}
-    eat.train(small(), Recipe(out=str(out), **how, **more), clips, machine, resumed)
+    eat.train(config, Recipe(out=str(out), **how, **more), clips, machine, resumed)
     return [eat.read_checkpoint(path) for path in eat.find_checkpoints(out)]
 
 
@@ -2638,30 +2638,6 @@ BASE = EATConfig(dim=768, heads=12, depth=2, frames=256, clones=2, decoder_layer
                  mask_noise_std=0.0)
 
 
-def stepper(machine):
-    """A model of full width, and a function that takes a step of it as eat.train does."""
-    torch.manual_seed(0)
-    model = EAT(BASE).to(machine.device)
-    optimizer = eat.make_optimizer(model, Recipe(adam_eps=1e-3))  # tames gradients that are noise
-    scaler, net = machine.scaler(), machine.prepare(model, graphs=True)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-3
-
-    def step(x, mask):
-        with machine.autocast():
-            losses = net(x, mask)
-        scaler.scale(losses["loss"]).backward()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 4.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        model.update_teacher(0.999)
-        return losses["loss"].detach().clone(), norm
-
-    return model, step
-
-
 def test_a_batch_in_parts_is_one_line_of_means_and_has_no_cuda_graphs(tmp_path, monkeypatch):
     """A gradient that is kept over calls would be overwritten by the next one's graph."""
     asked, given, found, modes, prepare = [], [], [], [], eat.Machine.prepare
@@ -2711,15 +2687,17 @@ def test_masks_and_noise_of_a_card_come_from_the_seed(masking):
 
 
 @cuda
-def test_compiled_steps_of_full_width_are_the_eager_ones_and_the_cpu_s():
-    x, found = torch.randn(2, 1, 256, 128), []
-    mask = EAT(BASE).draw_mask(x)
-    for machine in (machine_of(), machine_of("cuda"), machine_of("cuda", compile=True)):
-        model, step = stepper(machine)
-        before = joined(model.student.parameters())
-        for _ in range(5):  # compiled, the first two prepare a CUDA graph
-            loss, norm = step(x.to(machine.device), mask.to(machine.device))
-        found.append((loss.item(), norm.item(), joined(model.student.parameters()) - before))
+def test_compiled_steps_of_full_width_are_the_eager_ones_and_the_cpu_s(tmp_path, monkeypatch):
+    mask, found = EAT(BASE).draw_mask(torch.empty(2, 1, 256, 128)), []
+    monkeypatch.setattr(EAT, "draw_mask", lambda self, x: mask.to(x.device))
+    torch.manual_seed(data.seed_of(0))
+    begun = joined(EAT(BASE).student.parameters())
+    for k, how in enumerate((("cpu",), ("cuda",), ("cuda", "float32", True))):
+        out = tmp_path / str(k)  # compiled, the first two steps prepare a CUDA graph
+        last, _ = train(out, machine_of(*how), waves(frames=256), config=BASE, steps=6,
+                        adam_eps=1e-3)  # tames gradients that are noise
+        moved = joined(eat.encoder_of(last["model"]).values()) - begun
+        found.append((logged(out)[-1]["loss"], logged(out)[-1]["grad_norm"], moved))
     for loss, norm, moved in found[1:]:
         assert (loss, norm) == pytest.approx(found[0][:2], rel=1e-3)
         assert relative_error(moved, found[0][2]) < 0.02
@@ -2743,20 +2721,22 @@ def test_nccl_with_one_process_changes_no_gradient(tmp_path):
 
 @cuda
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_step_never_waits_for_the_card_nor_grows(precision):
-    model, step = stepper(machine_of("cuda", precision))
-    waveforms = 0.1 * torch.randn(2, data.clip_samples(256), device="cuda")
-    lengths, taken = torch.full((2,), waveforms.shape[1], device="cuda"), []
-    for k in range(25):
-        torch.cuda.set_sync_debug_mode("error" if k > 2 else "default")
-        try:
-            x = spectrogram(waveforms, lengths, 256, -4.0, 4.0)
-            loss, norm = step(x, model.draw_mask(x))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+def test_a_run_never_waits_for_the_card_nor_grows(precision, monkeypatch):
+    """Between two lines of the log."""
+    taken, update = [], EAT.update_teacher
+
+    def noted(*how):
+        update(*how)
         taken.append(torch.cuda.memory_allocated())
-        del x
-    assert loss.isfinite() and taken[4] == taken[24]
+        torch.cuda.set_sync_debug_mode("error" if 3 < len(taken) < 24 else "default")
+
+    monkeypatch.setattr(EAT, "update_teacher", noted)
+    recipe = Recipe(steps=25, batch_size=2, log_every=25)
+    try:
+        eat.train(BASE, recipe, waves(frames=256), machine_of("cuda", precision), saving=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert taken[23] - taken[4] < 20 * 1024  # a row of 512 bytes a step, for the log
 
 
 @cuda
