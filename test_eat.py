@@ -1059,6 +1059,8 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(device, precision, tmp_pa
     other = "float16" if precision != "float16" else "bfloat16"  # another scaler's state is no use
     further, _ = train(tmp_path, machine_of(device, other), waves(), resumed=after, steps=last + 2)
     assert (further["scaler"]["scale"] > 1) == (other == "float16")
+    with pytest.raises(data.RunStopped, match="in a row"):
+        train(tmp_path / "2", machine, waves(loud=range(100)), steps=30)
 
 
 def test_a_decoder_without_a_loss_is_no_collapse():
@@ -2524,7 +2526,7 @@ def test_predict_prints_any_name_on_any_terminal(esc, tuned, tmp_path):
     where = [f"--checkpoint={tuned}/last.pt", "--device=cpu"]
     said, _ = driven(tmp_path, *((strict, "finetune", ["predict", path, *where], status)
                                  for path, status in ((name, 0), (name + "\udcff", 2))))
-    assert "caf\\udce9 \\xe9.wav" in said, said
+    assert "caf\\udce9 \\xe9.wav" in said and "rooster" in said, said
 
 
 @linux
@@ -2733,9 +2735,11 @@ def test_a_run_never_waits_for_the_card_nor_grows(precision, monkeypatch):
     monkeypatch.setattr(EAT, "update_teacher", noted)
     recipe = Recipe(steps=25, batch_size=2, log_every=25)
     try:
-        eat.train(BASE, recipe, waves(frames=256), machine_of("cuda", precision), saving=False)
+        line = eat.train(BASE, recipe, waves(frames=256), machine_of("cuda", precision),
+                         saving=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(line["loss"])
     assert taken[23] - taken[4] < 20 * 1024  # a row of 512 bytes a step, for the log
 
 
