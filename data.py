@@ -677,13 +677,13 @@ def _esc(path, esc10, _):
 def _speech_commands(path, *_):
     """Speech Commands: a folder a word, and two lists; what is on neither is for training."""
     places = {}
-    for part in ("validation", "testing"):
+    for part, place in (("testing", "test list"), ("validation", None)):
         for line in read_lines(os.path.join(path, f"{part}_list.txt")):
-            places[os.path.normpath(os.path.join(path, line.strip()))] = part
+            places[os.path.normpath(os.path.join(path, line.strip()))] = place
     rows = []
     for name, words in _folders_of_classes(path):  # _background_noise_ is no class
         place = places.get(os.path.normpath(name), "train")
-        if place != "validation":
+        if place:
             rows.append((name, words, place))
     return "Speech Commands", rows, sorted({word for _, (word,), _ in rows})
 

@@ -75,7 +75,7 @@ class EATConfig:
     dim: int = option(768, "channels D of the encoder")
     depth: int = option(12, "transformer blocks")
     heads: int = option(12, "attention heads")
-    mlp_ratio: float = option(4.0, "hidden width of the MLPs, in units of D", least=0.5, most=64)
+    mlp_ratio: float = option(4.0, "hidden width of the MLPs, in units of D", least=0.25, most=64)
     norm_eps: float = option(1e-6, "epsilon of the encoder's LayerNorms")
     decoder_layers: int = option(6, "convolutions in the CNN decoder", most=99)
     decoder_kernel: int = option(3, "their kernel size", most=99)
@@ -127,9 +127,9 @@ class EATConfig:
         return cls(**{**PRESETS[name], **changes})
 
 
-# What a preset does not name is the default. "demo" and "tiny" are for short runs. There the
-# release's utterance weight does harm: after 600 steps a linear probe on ESC-10 found 34 % with 192
-# and 70 % with 1. 8 clones of 1.28 s did better than 4 of 2.56 s: 70 and 64 % (ESC-50's fold 1).
+# What a preset does not name is the default. "demo" and "tiny" are for short runs, which the
+# release's utterance weight harms: on ESC-10, after 600 steps, a linear probe found 34 % with 192,
+# 70 % with 1. For "tiny" 8 clones of 1.28 s beat 4 of 2.56 s: 70 to 64 % (ESC-50's fold 1, linear).
 PRESETS = {
     "demo": dict(dim=128, depth=4, heads=2, clones=8, frames=256, utterance_weight=1.0),
     "tiny": dict(dim=192, depth=6, heads=3, clones=8, frames=128, utterance_weight=1.0),
@@ -330,7 +330,7 @@ class EAT(nn.Module):
         self.student = Encoder(config)
         self.decoder = Decoder(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        # For the EMA. To walk through the modules at every step took a small model on a card 15 %.
+        # Once: to gather these, and all parameters, at each step cost a small model on a card 15 %.
         self.pairs = list(self.teacher.parameters()), list(self.student.parameters())
 
     def train(self, mode=True):
@@ -431,7 +431,7 @@ class Recipe:
                         "but at least 5,000 updates, and at most these 400,000")
     hours: float = option(None, "hours, instead of --steps; 30 trial steps are timed", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
-    accumulate: int = option(1, "parts that a batch is computed in; by default what a card needs")
+    accumulate: int = option(1, "parts of a batch, one after the other; more on a small card")
     lr: float = option(5e-4, "peak learning rate")
     warmup_steps: int = option(None, "linear warm-up; default: 2/15 of --steps", least=0)
     weight_decay: float = option(0.05, "decoupled; none on biases and other 1-D tensors")
@@ -516,8 +516,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
     rows = []  # a step's losses and norm of the gradient, each, since the last line of the log
     log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
-    # Before the first step; or after the last, where a run was killed in that probe.
-    if labelled and step in {0, recipe.steps} - log.probes and machine.rank == 0:
+    due = step % (recipe.probe_every or recipe.steps) == 0 or step == recipe.steps
+    if labelled and due and step not in log.probes and machine.rank == 0:  # or a stop came first
         log.probed(step, probe(model.student, labelled, machine))
 
     def save(must=False):
@@ -653,7 +653,7 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
 def nearest_neighbours(bank, bank_targets, queries, k=10):
     """Scores (m, classes) of queries (m, width): each of the k nearest in the bank (n, width) adds
     its cosine similarity, of standardised features, to its classes, bank_targets (n, classes)."""
-    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # of 1 clip 0
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # one clip: 0
     bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
     similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     return (similarity[..., None] * bank_targets[nearest]).sum(1)
@@ -814,14 +814,14 @@ def stop_signals():
 class Log:
     """log.jsonl, a line of averages every few steps; a bar on a terminal, else a line a minute."""
 
-    def __init__(self, out, step, steps, machine, clips, name="training", keep=None):
+    def __init__(self, out, step, steps, machine, clips, name=None, keep=None):
         self.machine, self.clips = machine, clips
         self.path = os.path.join(out, "log.jsonl") if out and machine.rank == 0 else None
         self.step, self.since, self.probes = step, time.perf_counter(), set()
         if machine.rank > 0:
             clips.named = len(clips.skipped)  # the first process names those
-        self.name, self.said = name, time.perf_counter()
-        self.bar = tqdm(total=steps, initial=step, desc=name, unit="step",
+        self.name, self.said = name or ("training" if out else "trial"), time.perf_counter()
+        self.bar = tqdm(total=steps, initial=step, desc=self.name, unit="step",
                         disable=machine.rank > 0 or not sys.stderr.isatty())
         if self.path and os.path.exists(self.path):
             # Lines after the checkpoint of a resumed run will come again; spoilt ones go, too.

@@ -132,7 +132,7 @@ class FineTune:
     __post_init__ = eat.check_numbers
 
     def learning_rate(self, update):
-        """Of update 1, 2, ...: linear warm-up from 0, then one cosine to min_lr at the last."""
+        """At update 1, 2, ...: linear warm-up from 0, then one cosine to min_lr at the last."""
         warmup = self.warmup * self.steps
         if update <= warmup:
             return self.lr * update / warmup
@@ -288,16 +288,18 @@ def fit(model, data, fold, config, recipe, machine, log, caught):
     clips = Clips(data.clips.source, config.frames, data.clips.file[train.numpy()])
     clips.skipped = data.clips.skipped
     clips.replace = True  # another clip to train on takes the place of one that cannot be read
+    # A fold draws the same with --fold as among the others.
+    number = max(1, int(fold.removeprefix("fold "))) - 1 if fold.startswith("fold ") else 0
     optimizer, scaler = make_optimizer(model, recipe), machine.scaler()
     net, parameters = machine.prepare(model), list(model.parameters())
-    order = training_order(train, data, recipe, recipe.seed)
+    order = training_order(train, data, recipe, seed_of(recipe.seed, number))
     parts = shares(order, recipe.batch_size, part_size(recipe.batch_size, recipe.accumulate))
     step, bad_in_a_row, rows = 0, torch.zeros((), device=device), []
     model.train()
     with (contextlib.closing(log.bar),
           loading(clips, parts, machine.workers, device) as batches):
         while step < recipe.steps and not caught:
-            rng, losses = np.random.default_rng((recipe.seed, step)), []
+            rng, losses = np.random.default_rng((recipe.seed, number, step)), []
             for _ in range(recipe.accumulate):
                 batch = next(batches)
                 clips.skipped |= batch.skipped
@@ -358,7 +360,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
             model = Classifier(encoder, data.classes, recipe.drop_path, recipe.reading)
             model.to(machine.device)
             model.multi_label = data.multi_label
-            log = eat.Log(recipe.out, 0, recipe.steps, machine, data.clips, fold,
+            log = eat.Log(recipe.out, 0, recipe.steps, machine, data.clips, f"training, {fold}",
                           keep=lambda line: line.get("fold") in done)
             if not fit(model, data, fold, config, recipe, machine, log, caught):
                 raise KeyboardInterrupt(caught[0], "; --resume goes on, with this fold anew")
@@ -548,9 +550,9 @@ def read_files(model, config, path, machine, read, every=None, average=False):
     if path == "demo":
         raise UsageError("demo: has no files; expected sound")
     hop, least = config.frames * SHIFT, WINDOW  # samples: between windows; that one must have
-    if every is not None and not 0 < 100 * every <= config.frames:
-        raise UsageError(f"--every {every}: above 0, and at most {config.frames / 100}, what the "
-                         "model hears at a time")
+    if every and 100 * every > config.frames:
+        raise UsageError(f"--every {every}: at most {config.frames / 100}, what the model hears at "
+                         "a time")
     if every:  # each looks at up to twice its time, so that an event on an edge is whole in one
         hop, least = every * SAMPLE_RATE, 1
         frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
@@ -613,9 +615,10 @@ def read_labels(path, count):
         rows = list(csv.reader(read_lines(path)))
     except csv.Error as error:
         raise UsageError(f"--labels {path}: {error}") from None
-    table = sorted((int(row[0]), row[2].strip()) for row in rows
-                   if len(row) >= 3 and row[0].isdecimal())
-    names = [name for _, name in table] or [",".join(row).strip() for row in rows]
+    table = all(len(row) >= 3 for row in rows) and any(row[0].isdecimal() for row in rows)
+    if table:
+        rows = sorted((row for row in rows if row[0].isdecimal()), key=lambda row: int(row[0]))
+    names = [row[2].strip() if table else ",".join(row).strip() for row in rows]
     if len(names) != count:
         raise UsageError(f"--labels {path}: {len(names)} names for {count} classes")
     return names
@@ -825,7 +828,7 @@ def settle(given):
     if recipe.frames != start.frames:
         data = open_labelled(recipe.data, recipe.frames, recipe.esc10, recipe.seed)
     if recipe.esc10 and data.kind != "ESC-10":
-        raise UsageError(f"--esc10: {recipe.data} is a {data.kind}, not ESC-50")
+        raise UsageError(f"--esc10: {recipe.data}: expected ESC-50, found {data.kind}")
     if recipe.fold:
         chosen = f"fold {recipe.fold}"
         if chosen not in data.folds:
@@ -859,10 +862,11 @@ def train_or_probe(given):
         if not resumed:  # has another run written here since we looked?
             eat.resume({"out": recipe.out}, "start")
         if recipe.mode == "finetune":
-            print(f"recipe   {recipe.recipe or 'as esc50'} (for a CPU there is 'small'): "
-                  f"{recipe.steps:,} steps x {recipe.batch_size} clips a fold, learning rate "
-                  f"{recipe.lr:.3g}, layer decay {recipe.layer_decay}, {recipe.loss}, mixup "
-                  f"{recipe.mixup}; head on {recipe.reading}; seed {recipe.seed}", flush=True)
+            advice = "" if recipe.recipe == "small" else " (for a CPU there is 'small')"
+            print(f"recipe   {recipe.recipe or 'as esc50'}{advice}: {recipe.steps:,} steps x "
+                  f"{recipe.batch_size} clips a fold, learning rate {recipe.lr:.3g}, layer decay "
+                  f"{recipe.layer_decay}, {recipe.loss}, mixup {recipe.mixup}; head on "
+                  f"{recipe.reading}; seed {recipe.seed}", flush=True)
             folds = fine_tune(data, start, config, recipe, machine, resumed)
             results = {"fine-tuned": folds}
             print(f"fine-tuned: {summary(folds)}")
@@ -902,8 +906,9 @@ def main(argv=None):
         parser.add_argument("--out", default="features.npz", help="[features.npz]")
         parser.add_argument("--frames", action="store_true", help="a row every 0.16 s, not a file")
     args = parser.parse_args(words[1:])
-    if command == "predict" and args.top < 1:
-        parser.error(f"--top {args.top}: must be at least 1")
+    for name in ("top", "every"):
+        if getattr(args, name, None) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} {getattr(args, name)}: must be above 0")
     return run("finetune.py", lambda: jobs[command](args))
 
 

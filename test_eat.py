@@ -494,11 +494,13 @@ def share_of_a_batch(machine, parts=1):
     return losses_and_gradients(model, x[mine], mask[mine], machine, parts)[1]
 
 
-@pytest.mark.parametrize("way", ["accumulated", pytest.param("two processes", marks=linux)])
-def test_a_shared_batch_gives_the_same_gradients(way, tmp_path):
+@pytest.mark.parametrize("way, near", [
+    ("cpu", 1e-5), pytest.param("cuda", 1e-3, marks=cuda),
+    pytest.param("two processes", 1e-5, marks=linux)])
+def test_a_shared_batch_gives_the_same_gradients(way, near, tmp_path):
     wanted = share_of_a_batch(machine_of())
-    if way == "accumulated":
-        found = share_of_a_batch(machine_of(), parts=2)
+    if way != "two processes":
+        found = share_of_a_batch(machine_of(way), parts=2)
     else:
         in_two(tmp_path, "eat", [], "import test_eat as t; found = t.share_of_a_batch("
                f"t.machine_of()); torch.save(found, '{tmp_path}/' + os.environ['RANK']); "
@@ -506,7 +508,7 @@ def test_a_shared_batch_gives_the_same_gradients(way, tmp_path):
         found = torch.load(tmp_path / "0")
     assert found.keys() == wanted.keys() and len(found) > 20
     for name, gradient in wanted.items():
-        assert relative_error(found[name], gradient) < 1e-5, name
+        assert relative_error(found[name], gradient) < near, name
 
 
 def test_bench_reports_what_fits_together(capsys):
@@ -948,7 +950,7 @@ BAD_INPUT = {
     "finetune": [
         ("--stepz=3", "--stepz=3"), ("--data=nowhere", "no such folder"),
         ("--fold=9", "--fold 9"), ("--checkpoint=nowhere.pt", "no such file"),
-        ("--data=demo --esc10", "a demo, not ESC-50"),
+        ("--data=demo --esc10", "expected ESC-50, found demo"),
         ("--drop-path=1", "drop_path (1.0)"), ("--l2=0", "l2 (0.0)"),
         ("embed demo --checkpoint={last}", "has no files"),
         ("--checkpoint={broken}/a.wav", "a.wav: not a whole checkpoint"),
@@ -967,8 +969,8 @@ BAD_INPUT = {
         ("embed {empty} --checkpoint={last} --workers=-1", "at least 0"),
         ("embed a.wav --checkpoint={last} --out={last}/x.npz", "expected a folder"),
         ("embed nowhere --checkpoint={last}", "no such file or folder"),
-        ("predict {empty} --checkpoint={last} --top=0", "--top 0: must be at least 1"),
-        ("predict a.wav --checkpoint={tuned}/last.pt --every=nan", "nan: above 0"),
+        ("predict {empty} --checkpoint={last} --top=0", "--top 0: must be above 0"),
+        ("predict a.wav --checkpoint={tuned}/last.pt --every=nan", "nan: must be above 0"),
         ("predict {empty} --checkpoint={last}", "without a classifier"),
         ("predict {broken} --checkpoint={tuned}/last.pt --labels={broken}/a.wav",
          "1 names for 2 classes"), ("--data={broken}", "no labelled data set")],
@@ -1901,7 +1903,7 @@ def test_folders_of_classes_have_parts_or_lists_or_neither(tmp_path):
     (folder / "testing_list.txt").write_text(tested)
     speech = labelled(folder)
     assert (speech.kind, speech.classes) == ("Speech Commands", ["bed", "cat"])
-    train, test = speech.folds["testing"]
+    train, test = speech.folds["test list"]
     assert len(speech.clips) == 4  # without those of the validation list
     assert (names(speech, train), names(speech, test)) == (["2.wav"] * 2, ["1.wav"] * 2)
 
@@ -2174,6 +2176,7 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, start_from, tmp_pat
         names.write_bytes(content.encode())
         said = predict(clip, f"--labels={names}")
         assert said.index("%  Saw") < said.index("%  Bird, big")
+        assert said.count(", loud\n") == 2 * (content == commas)
     names.write_text("x" * 200_000)
     refused(finetune.main, ["predict", clip, *where, f"--labels={names}"], "field larger", capsys)
 
@@ -2436,6 +2439,8 @@ def test_a_stopped_run_does_not_probe_first(sounds, esc, tmp_path):
     run = flags(sounds, out, f"--probe={esc}", "--probe-every=3")
     driven(tmp_path, ("at(eat.EAT, 'update_teacher', 3, send(15))", "eat", run, 143))
     assert [line["step"] for line in logged(out) if "knn_cls" in line] == [0]
+    assert eat.main([*run, "--resume"]) == 0  # makes it up
+    assert [line["step"] for line in logged(out) if "knn_cls" in line] == [0, 3, 6, 8]
 
 
 @linux
