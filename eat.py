@@ -313,7 +313,7 @@ class Decoder(nn.Module):
             if x.is_cuda and torch.compiler.is_compiling():
                 y = dense_convolution(x, conv)  # the same, and faster on a card when compiled
             else:
-                y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # views: no copy in memory
+                y = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # strides alone change
             # Unlike in a Block, x has 16 bits under autocast: 3 to 13 % faster on a CPU, as exact.
             x = (x + F.gelu(self.norm(y))).to(y.dtype)
         return self.proj(x)
@@ -493,8 +493,8 @@ def make_optimizer(model, recipe):
 
 
 def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=True):
-    """Pre-train on `clips`, on a Machine (below), probe on a Labelled or None, go on from what
-    read_checkpoint `resumed`, save checkpoints or not -> the log's last line of averages.
+    """Pre-train on `clips`, on a Machine (below), from the start or from `resumed`, a checkpoint;
+    probe on a Labelled or None, save checkpoints or not -> the log's last line of averages.
     Raises KeyboardInterrupt with the number of a signal that ended it, and what to do next."""
     device, step, stop, line = machine.device, 0, 0, None  # stop: the number of a signal
     torch.manual_seed(seed_of(recipe.seed))
@@ -629,7 +629,7 @@ def time_steps(samples, frames):
 
 @torch.no_grad()
 def features(encoder, config, clips, numbers, machine, read=read_features):
-    """Call `read` on the clips of some `numbers` -> what it found, {name: (n, width)}, and the n
+    """Call `read` on the clips of some `numbers` -> what it found, {name: (n, ...)}, and the n
     clips' numbers, on the CPU. Those that cannot be read are missing, and in clips.skipped."""
     parts, used = {}, []
     chunks = [chunk.tolist() for chunk in torch.as_tensor(numbers).split(32)]
