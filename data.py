@@ -84,7 +84,7 @@ def load_audio(path, start=0.0, seconds=math.inf):
     if not blocks:
         raise AudioError(path, "holds no samples")
     waveform = _resampled(torch.from_numpy(np.concatenate(blocks)), rate)
-    if not waveform.abs().max() < 1e12:  # no sound; from 1e18 on its spectrogram is not finite
+    if not waveform.abs().max() < 1e12:  # no sound; far above, its spectrogram is not finite
         raise AudioError(path, "holds samples that are not finite, or above 1e12")
     return waveform
 
@@ -583,7 +583,7 @@ class Labelled:
     """Clips with labels, one clip a file. Where one cannot be used, no other takes its place, but
     in fine-tuning's training part."""
 
-    kind: str  # "ESC-50", "Speech Commands", "AudioSet manifests", "folder of classes", "demo"
+    kind: str  # "demo", or what its opener below calls it: "ESC-50", "ESC-10", ...
     clips: Clips
     labels: list  # of every clip: a tuple of class numbers
     classes: list  # names

@@ -1,6 +1,6 @@
 """EAT, the Efficient Audio Transformer, in one file: self-supervised pre-training on sound.
 
-    python eat.py --data demo                 watch one learn, about three minutes on a laptop
+    python eat.py --data demo                 watch one learn, three to five minutes on a laptop
     python eat.py --data path/to/sound        your own folder; every flag: python eat.py --help
 
 The method is that of *EAT: Self-Supervised Pre-Training with Efficient Audio Transformer* (Chen,
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         # Each (B, heads, L, D / heads):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if x.device.type == "cpu" and q.dtype != torch.float32:
-            # Written out: the CPU's fused attention takes 3.5 times as long in bfloat16.
+            # Written out: the CPU's fused attention took 1.8 to 3.5 times as long in bfloat16.
             weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
             attended = weights.to(v.dtype) @ v
         else:
@@ -280,7 +280,7 @@ def inverse_block_mask(clips, clones, grid, mask_ratio=EATConfig.mask_ratio,
     if masking != "random":
         share = (mask_ratio if masking == "block" else 1 - mask_ratio) + mask_adjust
         # Of 64 patches (1 s of sound) a share of 0.27 is less than one block of 25. The release
-        # then draws none, which is random masking. Here the blocks shrink until there is one.
+        # then draws none, which is random masking. Here the blocks shrink until one is left.
         while N * share < mask_block**2 and mask_block > 1:
             mask_block -= 2
         blocks = int(N * share / mask_block**2)
@@ -429,7 +429,7 @@ class Recipe:
     resume: bool = option(False, "go on with the run in --out, exactly where its checkpoint stands")
     steps: int = option(400_000, "optimizer updates; without this flag 20 passes over the data, "
                         "but at least 5,000 updates, and at most these 400,000")
-    hours: float = option(None, "hours, instead of --steps; 30 trial steps are timed", least=1e-9)
+    hours: float = option(None, "hours, instead of --steps; 30 trial steps come first", least=1e-9)
     batch_size: int = option(48, "clips an update, over all processes")
     accumulate: int = option(1, "parts of a batch, one after the other; more on a small card")
     lr: float = option(5e-4, "peak learning rate")
@@ -445,7 +445,7 @@ class Recipe:
     collapse_std: float = option(0.01, "stop when targets or predictions vary less than this; ours")
     stats: str = option("audioset", "mean and deviation to normalise with: a data set's, or "
                         "measured on --data", choices=(*STATS, "measure"))
-    seed: int = option(0, "of weights, data order, masks and noise", least=0)
+    seed: int = option(0, "of weights, data order, masks and noise; of the demo's sound", least=0)
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(1000, "steps between checkpoints")
     probe: str = option(None, "labelled sound: nearest neighbours are found before and after")
@@ -471,7 +471,7 @@ class Recipe:
         return self.ema_decay + (self.ema_end_decay - self.ema_decay) * progress
 
 
-# The recipes of "tiny" and "demo" are ours, for some thousand steps. The release's decay, annealed
+# The recipes of "tiny" and "demo" are ours, for short runs. The release's decay, annealed
 # in proportion, would leave the teacher after 5,000 steps 84 % the random network that it began as.
 SHORT = dict(ema_decay=0.9995, ema_end_decay=0.9995, stats="measure")
 RECIPES = {
@@ -552,7 +552,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 group["lr"] = recipe.learning_rate(step + 1)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, recipe.grad_clip)
-            scaler.step(optimizer)  # does nothing where a gradient is not finite
+            scaler.step(optimizer)  # skipped where a gradient is not finite; it counts as a step
             scaler.update()
             optimizer.zero_grad()
             model.update_teacher(recipe.teacher_decay(step + 1))
@@ -1026,7 +1026,7 @@ FIELDS = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "mlp_ratio
           "mask_prob_adjust": "mask_adjust", "mask_noise_std": "mask_noise_std",
           "decoder_layers": "decoder_layers", "decoder_kernel": "decoder_kernel",
           "decoder_groups": "decoder_groups",
-          "utterance_weight": "utterance_weight"}  # theirs: ours; the last is in our files alone
+          "utterance_weight": "utterance_weight"}  # theirs: ours; norm_* and the last: ours alone
 POSITIONS = "fixed_positional_encoder.positions"  # computed here
 
 
@@ -1041,7 +1041,8 @@ class Stub:
 
 
 def load_inert(path):
-    """torch.load of a file that may be a stranger's. Whatever class its pickle names is a Stub."""
+    """torch.load of a file that may be a stranger's. A class that torch does not know as harmless
+    is a Stub."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     with torch.serialization.safe_globals([(Stub, name) for name in names]):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -1335,7 +1336,7 @@ def settle(given, machine, resumed=None):
 def open_probe(recipe, config):
     if recipe.probe_every and not recipe.probe:
         raise UsageError("--probe-every: --probe must name the labelled sound to probe on")
-    frames = config.frames if recipe.probe == "demo" else max(512, config.frames)  # as finetune.py
+    frames = config.frames if recipe.probe == "demo" else max(512, config.frames)  # as embed
     labelled = recipe.probe and open_labelled(recipe.probe, frames, seed=recipe.seed)
     if labelled and labelled.multi_label:
         raise UsageError(f"--probe {recipe.probe}: nearest neighbours need one label a clip")

@@ -104,7 +104,8 @@ class FineTune:
     reading: str = option("CLS", "what the head reads", choices=("CLS", "patches"))
     steps: int = option(4000, "optimizer updates")
     batch_size: int = option(48, "clips an update")
-    accumulate: int = option(1, "parts a batch is split into, for less memory")
+    accumulate: int = option(1, "parts of a batch, one after the other, for less memory; mixup "
+                            "then stays within each")
     lr: float = option(5e-5, "peak learning rate")
     min_lr: float = option(1e-6, "learning rate at the end of the cosine")
     warmup: float = option(0.1, "share of the updates that warms up", most=1)
@@ -158,7 +159,7 @@ def recipe_for(data):
         return "as2m" if sum(len(train) for train, _ in data.folds.values()) > 100_000 else "as20k"
     return {"Speech Commands": "spc2", "ESC-50": "esc50", "ESC-10": "esc50"}.get(data.kind)
 
-# ---- Augmentation: training only. Every draw comes from one generator, made from (seed, step) ----
+# ---- Augmentation: training only. All draws follow from one generator, of (seed, fold, step) -----
 
 
 def roll_and_gain(waveforms, lengths, rng):
@@ -188,8 +189,8 @@ def mixup(x, targets, alpha, rng):
 
 
 def spec_augment(x, ratio, seed):
-    """One band of up to ratio * 128 mel bins and one of up to ratio * T frames, each clip its own,
-    set to 0."""
+    """One band of fewer than ratio * 128 mel bins and one of fewer than ratio * T frames, each clip
+    its own, set to 0."""
     torch.manual_seed(seed)
     for axis in (3, 2):
         x = torchaudio.functional.mask_along_axis_iid(x, int(ratio * x.shape[axis]), 0.0, axis)
