@@ -279,17 +279,19 @@ class Clips(Dataset):
         return Batch(shared(waveforms), lengths, torch.tensor(used), skipped)
 
     def advice(self):
-        """A remark on the length of a clip, where most are much shorter, or where only the
+        """A remark on the length of a clip, where many are much shorter, or where only the
         beginnings of longer files are used."""
         lengths = []
         for number in np.linspace(0, len(self) - 1, min(100, len(self))).astype(int):
             with contextlib.suppress(AudioError):
                 place = self.file[number], self.start[number]
                 lengths.append(len(self.source.read(*place, 2 * self.samples)))
-        median = np.median(lengths or [self.samples])
-        frames = 16 * math.ceil(count_frames(max(median, 3000)) / 16)
-        if median < 0.6 * self.samples:
-            return (f"; half of the clips hold no more than {median / SAMPLE_RATE:.2f} s of sound, "
+        # Labelled files are cut, not split: there a shorter clip must hold nearly all of them.
+        share, many = (0.5, "half") if self.replace else (0.95, "nearly all")
+        most, median = np.quantile(lengths or [self.samples], (share, 0.5))
+        if most < 0.6 * self.samples:
+            frames = 16 * math.ceil(count_frames(max(most, 3000)) / 16)
+            return (f"; {many} of the clips hold no more than {most / SAMPLE_RATE:.2f} s of sound, "
                     f"and the rest of them is padding: try --frames {frames}")
         if median > 1.5 * self.samples and not self.start.any():
             seconds = 1.5 * self.samples / SAMPLE_RATE
@@ -340,6 +342,15 @@ class SoundFiles:
         unit = max(1.0, waveform.abs().max().item()) / 32768
         samples = (waveform / unit).round().clamp(-32768, 32767).short()
         return shared(samples), unit, None
+
+
+_real_folder = functools.lru_cache(maxsize=None)(os.path.realpath)
+
+
+def whole_name(path):
+    """From the root on, and the same whichever links lead to its folder."""
+    folder, name = os.path.split(path)
+    return os.path.join(_real_folder(folder), name)
 
 
 def _warn(error):
@@ -470,7 +481,7 @@ def pack(source, out, workers):
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
     paths = find_audio(lists[0] if manifests else source)
     held_out = find_audio(lists[1]) if manifests else []
-    names = [os.path.abspath(path) for path in paths + held_out]
+    names = [whole_name(path) for path in paths + held_out]
     ends, units, skipped = [], [], {}
     if os.path.isdir(out) and set(os.listdir(out)) - {"samples", "lock", "pack.json.part"}:
         raise AudioError(out, "holds a pack, or something else, already; choose another folder")
@@ -643,9 +654,9 @@ def open_labelled(path, frames, esc10=False, seed=0):
         labels = [tuple(number[label] for label in names) for _, names, _ in rows]
     except (LookupError, TypeError, ValueError, csv.Error) as error:
         raise AudioError(path, f"the lists of labels are not in their form: {error!r}") from None
-    names = [os.path.abspath(name) for name, _, _ in rows]
+    names = [whole_name(name) for name, _, _ in rows]
     source = source or SoundFiles([name for name in names if os.path.isfile(name)])
-    file_of = {name: k for k, name in enumerate(source.names)}
+    file_of = {whole_name(name): k for k, name in enumerate(source.names)}
     keep = [k for k, name in enumerate(names) if name in file_of]
     places = np.array([rows[k][2] for k in keep])
     reason = "not in the pack" if source.packed else "no such file"
@@ -747,12 +758,12 @@ def _folders_of_classes(path):
 
 
 def stratified_fifth(labels, seed):
-    """A seeded choice of a fifth of each class, at least one clip -> bool array."""
+    """A seeded choice of a fifth of each class, at least one clip, but not all -> bool array."""
     rng, labels = np.random.default_rng(seed), np.asarray(labels)
     chosen = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        chosen[members[: max(1, round(len(members) / 5))]] = True
+        chosen[members[: min(max(1, round(len(members) / 5)), len(members) - 1)]] = True
     return chosen
 
 # ---- What the three programs' command lines share ------------------------------------------------
@@ -842,6 +853,11 @@ def run(program, job):
     return status
 
 
+def count_cores():
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
@@ -874,7 +890,7 @@ def main(argv=None):
     parser.add_argument("command", choices=["pack"])
     parser.add_argument("path", help="a folder of sound, a file, or a list of files")
     parser.add_argument("out", help="the folder to write, which is then a --data")
-    parser.add_argument("--workers", type=int, choices=range(65), default=min(64, os.cpu_count()),
+    parser.add_argument("--workers", type=int, choices=range(65), default=min(64, count_cores()),
                         metavar="INT", help="processes that decode [%(default)s]")
     args = parser.parse_args(argv)
     return run("data.py", lambda: pack(args.path, args.out, args.workers))

@@ -41,9 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from tqdm import tqdm
 
 # These are for the recipe and what follows it. The model needs torch alone.
-from data import (STATS, Clips, Parser, RunStopped, UsageError, count_frames, describe_skipped,
-                  loading, lock, loudness, make_folder, measure_stats, open_clips, open_labelled,
-                  part_size, run, seed_of, shares, shuffled, spectrogram)
+from data import (STATS, Clips, Parser, RunStopped, UsageError, count_cores, count_frames,
+                  describe_skipped, loading, lock, loudness, make_folder, measure_stats, open_clips,
+                  open_labelled, part_size, run, seed_of, shares, shuffled, spectrogram)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -394,8 +394,7 @@ class EAT(nn.Module):
         tokens = self.student(spectrogram, keep)  # (B * C, 1 + K, D)
         prediction = self.decode(tokens[:, 1:], keep, grid).float()  # (B, C, N, D)
 
-        # L_f: squared error at masked patches alone. The release divides the sum over channels by
-        # sqrt(D), in both terms.
+        # L_f: squared error at masked patches alone. Both terms are sums over D / sqrt(D): release.
         error = (prediction - targets[:, None]).square().sum(-1) / config.dim**0.5  # (B, C, N)
         frame_loss = (error * mask).sum() / mask.sum()
         # L_u: every clone's CLS against the mean of its clip's targets.
@@ -438,7 +437,7 @@ class Recipe:
     beta1: float = option(0.9, "Adam's decay of the mean gradient", most=0.9999)
     beta2: float = option(0.95, "Adam's decay of the mean squared gradient", most=0.9999)
     adam_eps: float = option(1e-8, "Adam's epsilon")
-    grad_clip: float = option(4.0, "largest norm of the gradient")
+    grad_clip: float = option(4.0, "largest norm of the gradient", least=1e-9)
     ema_decay: float = option(0.9998, "the teacher's decay tau at the start", most=1)
     ema_end_decay: float = option(0.99999, "the teacher's decay tau after annealing", most=1)
     ema_anneal_steps: int = option(None, "updates in between; default: 1/4 of --steps", least=0)
@@ -517,8 +516,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     rows = []  # a step's losses and norm of the gradient, each, since the last line of the log
     log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
     due = step % (recipe.probe_every or recipe.steps) == 0 or step == recipe.steps
-    if labelled and due and step not in log.probes and machine.rank == 0:  # or a stop came first
-        log.probed(step, probe(model.student, labelled, machine))
+    if due and step not in log.probes:  # or a stop came first
+        log.probe(step, model.student, labelled)
 
     def save(must=False):
         if saving and step and machine.rank == 0:
@@ -571,8 +570,8 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 check_health(line, int(bad_in_a_row), config, recipe)  # before saving
                 if finished or stop or (save_due and not bad_in_a_row):
                     save(must=finished or stop)
-            if labelled and probe_due and (finished or not stop) and machine.rank == 0:
-                log.probed(step, probe(model.student, labelled, machine))
+            if probe_due and (finished or not stop):
+                log.probe(step, model.student, labelled)
     if step < recipe.steps:
         raise KeyboardInterrupt(stop, f"; --resume goes on from {recipe.out}" if saving else "")
     return line
@@ -655,7 +654,8 @@ def nearest_neighbours(bank, bank_targets, queries, k=10):
     its cosine similarity, of standardised features, to its classes, bank_targets (n, classes)."""
     mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # one clip: 0
     bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
-    similarity, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    found = [(part @ bank.T).topk(min(k, len(bank))) for part in queries.split(1024)]  # for memory
+    similarity, nearest = map(torch.cat, zip(*found))
     return (similarity[..., None] * bank_targets[nearest]).sum(1)
 
 
@@ -715,7 +715,7 @@ class Machine:
             self.compile = cuda and importlib.util.find_spec("triton") is not None
         if self.workers is None:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))  # on this machine
-            self.workers = min(8, max(1, os.cpu_count() // processes - 1))
+            self.workers = min(8, max(1, count_cores() // processes - 1))
         if self.world > 1:
             # The others wait while the first process probes. Gloo exchanges plain numbers.
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -853,23 +853,38 @@ class Log:
             print(f"{self.name}: step {step:,} of {self.bar.total:,}, about {left} to go; {shown}",
                   file=sys.stderr)
             self.said = now
-        new = dict(list(self.clips.skipped.items())[self.clips.named :])
-        if new:
-            self.clips.named += len(new)
-            tqdm.write(f"skipped {self.clips.named} so far; new: {describe_skipped(new)}",
-                       sys.stderr)
+        who = f"process {self.machine.rank} " if self.machine.world > 1 else ""
+        self.name_skipped(self.clips, who)
         if line["not_finite"] and self.machine.rank == 0:
             tqdm.write(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
                        "steps were not finite, and taught the student nothing", sys.stderr)
         self.step, self.since = step, time.perf_counter()
         return line
 
-    def probed(self, step, found):
-        """A line with what the probe found, which goes to standard output too."""
-        self.append({"step": step, **found})
-        said = ", ".join(f"{k[4:].replace('_', ' ')} {value:.1%}" for k, value in found.items())
-        tqdm.write(f"step {step:7,}: nearest neighbours find {said}")
+    def probe(self, step, encoder, labelled):
+        """A line with what a probe on a Labelled (or None) finds, which is printed too."""
+        if not labelled or self.machine.rank > 0:
+            return
+        try:
+            found = probe(encoder, labelled, self.machine)
+        except UsageError as error:
+            if step in (0, self.bar.total):  # else the run goes on: its own sound is there
+                raise
+            tqdm.write(f"step {step}: not probed: {error}", sys.stderr)
+        else:
+            self.append({"step": step, **found})
+            said = ", ".join(f"{k[4:].replace('_', ' ')} {value:.1%}" for k, value in found.items())
+            tqdm.write(f"step {step:7,}: nearest neighbours find {said}")
+            self.name_skipped(labelled.clips, "the probe ")
         self.since = time.perf_counter()  # probing is no training
+
+    def name_skipped(self, clips, who):
+        """Say which clips have been skipped since this was last said."""
+        new = dict(list(clips.skipped.items())[clips.named :])
+        if new:
+            clips.named += len(new)
+            tqdm.write(f"{who}skipped {clips.named} so far; new: {describe_skipped(new)}",
+                       sys.stderr)
 
     def append(self, line):
         """A full disk or a deleted folder costs lines, not the run."""
@@ -1271,10 +1286,10 @@ def resume(given, own):
     return state
 
 
-def choose_preset(given, machine):
-    """Where --preset does not say."""
-    if "init" in given:  # the release's recipe
-        return "base"
+def choose_preset(given, start, machine):
+    """Where --preset does not say. `start`: the checkpoint of --init, or None."""
+    if start:  # what our own run had; else the release's recipe
+        return start["recipe"]["preset"] if "processes" in start else "base"
     if given["data"] == "demo":
         return "demo"
     if machine.device.type == "cpu":
@@ -1315,15 +1330,16 @@ def settle(given, machine, resumed=None):
         return config, recipe, clips, open_probe(recipe, config)
     if "data" not in given:
         raise UsageError("--data is missing: a folder of sound, or 'demo'")
-    preset = given.get("preset") or choose_preset(given, machine)
+    start = read_checkpoint(given["init"]) if "init" in given else None
+    preset = given.get("preset") or choose_preset(given, start, machine)
     values = {**RECIPES.get(preset, {}), **given, "preset": preset}
     recipe = settings(Recipe, values)  # refuses what cannot be, before anything is read
     if recipe.hours and "steps" in given:
         raise UsageError("--hours and --steps: one of them decides how long to train")
-    sizes = read_checkpoint(given["init"])["config"] if "init" in given else PRESETS[preset]
+    sizes = start["config"] if start else PRESETS[preset]
     config = settings(EATConfig, sizes, given)
     clips = open_clips(recipe.data, config.frames, recipe.seed, training=True)
-    if "init" not in given or "stats" in given:
+    if not start or "stats" in given:
         mean, std = STATS.get(recipe.stats) or measure_stats(clips)
         config = settings(EATConfig, sizes, {"mean": mean, "std": std}, given)
     values.setdefault("accumulate", choose_parts(recipe.batch_size, config, machine))
@@ -1368,6 +1384,8 @@ def describe(config, recipe, clips, machine, labelled, resumed):
             if resumed[name] != now:
                 print(f"warning  the run began with {resumed[name]:,} {name}, and now has {now:,}: "
                       "from here on it is another than it would have been", file=sys.stderr)
+    elif recipe.resume:
+        print(f"warning  {recipe.out} has no checkpoint: a new run begins", file=sys.stderr)
 
 
 def pretrain(**given):

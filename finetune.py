@@ -734,12 +734,13 @@ def look(args):
     else:
         look_at_masks(figure, waveform, image, grid)
     figure.suptitle(printable(os.path.basename(args.clip)), parse_math=False)
-    make_folder(os.path.dirname(args.out) or ".")
+    out = args.out if os.path.splitext(args.out)[1] else args.out + ".png"
+    make_folder(os.path.dirname(out) or ".")
     try:
-        figure.savefig(args.out)
+        figure.savefig(out)
     except ValueError as error:  # its ending is of no kind of picture
-        raise UsageError(f"{args.out}: {error}") from None
-    print(args.out)
+        raise UsageError(f"{out}: {error}") from None
+    print(out)
 
 
 def look_at_masks(figure, waveform, image, grid):

@@ -19,7 +19,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from matplotlib.figure import Figure
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -129,8 +129,7 @@ def release_name(name):
 
 @pytest.fixture(scope="module")
 def formula():
-    """Model, spectrogram and mask that formulas give, on which the released code printed the
-    figures below."""
+    """Model, spectrogram, mask by formula; the released code printed the figures below for them."""
     model = EAT(EATConfig(dim=64, depth=3, heads=4, frames=256, clones=4, mask_noise_std=0.0,
                           utterance_weight=1.0))
     for name, p in model.named_parameters():
@@ -298,7 +297,6 @@ def test_masked_patches_never_reach_the_student():
     mask = model.draw_mask(x)
     keep = eat.visible_patches(mask, model.config.visible)
     tokens = model.student(x, keep).view(3, 2, -1, 32)
-    assert tokens.shape[2] == 1 + model.config.visible
     hidden = mask[:, 1].view(3, 1, 4, 8).repeat_interleave(16, 2).repeat_interleave(16, 3)
     changed = torch.where(hidden, torch.randn_like(x), x)
     other = model.student(changed, keep).view(3, 2, -1, 32)
@@ -381,8 +379,7 @@ def test_masking_kinds_cluster_what_their_names_say():
                               for kind in ("inverse_block", "block", "random"))
     assert neighbours(inverse)[0].mean() > 1.8 * neighbours(random)[0].mean()
     assert neighbours(~block)[0].mean() > 1.03 * neighbours(~random)[0].mean()
-    # The release counts 0 blocks of 5 x 5 in 1 s of sound, which would leave the masks random. One
-    # of 3 x 3 is whole unless its centre lies at the edge (28 of 64).
+    # In 1 s of sound, one block of 3 x 3 is whole unless its centre is at the edge (28 of 64).
     squares = F.avg_pool2d(masks(500, (8, 8))[:, None].float(), 3, stride=1) == 1
     assert squares.flatten(1).any(1).float().mean() > 0.5
 
@@ -483,7 +480,7 @@ class SlowAdamW:
 def assert_near(found, wanted):
     for name, x in wanted.items():
         if not name.endswith("qkv.bias"):  # the keys' has no gradient, but for rounding
-            assert relative_error(found[name], x) < 1e-4, name
+            torch.testing.assert_close(found[name], x, atol=1e-5, rtol=1e-4)
 
 
 def test_the_loop_does_what_a_slow_version_does(tmp_path):
@@ -515,6 +512,14 @@ def test_the_loop_does_what_a_slow_version_does(tmp_path):
         assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 4
         assert (line["lr"], line["teacher_decay"]) == pytest.approx((rate, decay))
     assert_near(weights(tmp_path)[1], model.state_dict())
+
+
+def test_a_run_from_a_checkpoint_has_its_recipe(sounds, whole_run, tuned):
+    """The release's, where it is no pre-training of our own."""
+    for out, preset, batch in ((whole_run, "tiny", 16), (tuned, "base", 48)):
+        given = {"data": str(sounds), "init": out / "last.pt", "steps": 1}
+        config, recipe, *_ = eat.settle(given, machine_of())
+        assert (config.dim, recipe.preset, recipe.batch_size) == (32, preset, batch)
 
 
 def waves(loud=(), size=8, frames=64):
@@ -606,8 +611,6 @@ def test_bench_reports_what_fits_together(capsys):
     found = json.loads(capsys.readouterr().out)
     assert "float32, not compiled" in found["machine"]
     assert found["clips_per_second"] * found["seconds_per_step"] == pytest.approx(2)
-    share = found["step_tflops"] / found["matrix_tflops"]
-    assert share == pytest.approx(found["share_of_matrix_rate"])
     formula = {torch.ops.aten.convolution_backward: eat.flops_of_convolution_backward}
     with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=formula) as counter:
         x = torch.empty(1, 8, 4, 4, requires_grad=True)
@@ -760,8 +763,8 @@ def driver():
 
 
 def driven(folder, *cases):
-    """Processes for some cases (hook, program, arguments, exit status) -> what each said. Nothing
-    that they started may be left behind."""
+    """Processes for cases (hook, program, arguments, exit status), which leave nothing behind ->
+    what each said."""
     print(json.dumps([str(folder), cases]), file=driver().stdin, flush=True)
     *found, ended = json.loads(driver().stdout.readline())
     said = [(folder / f"said{k}").read_text() for k in range(len(cases))]
@@ -773,9 +776,7 @@ def driven(folder, *cases):
 
 def in_two(folder, program, arguments, hook=""):
     """A case in two processes, told what torchrun would tell them -> what each said."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = get_free_port()
     place = ("os.environ.update(RANK='{}', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', "
              "MASTER_PORT='{}'); ")
     return driven(folder, *((place.format(rank, port) + hook, program, arguments, 0)
@@ -828,7 +829,7 @@ def test_a_timestamp_is_a_seed_and_hours_become_steps(sounds, whole_run, tmp_pat
 
 
 @linux
-def test_two_processes_end_together(sounds, tmp_path, capsys):
+def test_two_processes_end_together(sounds, tmp_path):
     """One process dies; a terminal tells torchrun and all its processes; torchrun is told to stop.
     What holds torchrun's output open is waited for, so nothing is left."""
     more = ["--workers=1", "--log-every=2", "--save-every=90000"]  # a stop may fall between lines
@@ -845,24 +846,20 @@ def test_two_processes_end_together(sounds, tmp_path, capsys):
             os.kill(one, number)
     for number, (_, process) in runs.items():
         end_of(process, None, "Signal 9" if number == signal.SIGKILL else "stopped by")
-    # One process goes on where two stopped, the last ones above, and says so.
-    step, _ = weights(out)
-    state = torch.load(out / "last.pt")
-    state["recipe"]["steps"] = step + 2
-    torch.save(state, out / "last.pt")
-    assert eat.main(flags(sounds, out, "--resume", steps=step + 2)) == 0
-    assert "2 processes, and now has 1" in capsys.readouterr().err
-    assert weights(out)[0] == step + 2
+    assert weights(out)[0]  # the last ones above saved when they were told to stop
 
 
 @linux
-def test_two_processes_resume_exactly(sounds, tmp_path):
+def test_two_processes_resume_exactly_and_one_goes_on(sounds, tmp_path, capsys):
     run = flags(sounds, tmp_path, "--save-every=3", steps=5)
     assert "the encoder is in" in in_two(tmp_path, "eat", run)[0]
     os.rename(tmp_path / "last.pt", tmp_path / "whole.pt")  # what is left is of step 3
     end_of(torchrun("eat.py", *run, "--resume"), 0, "resumed  at step 3")
     whole = torch.load(tmp_path / "whole.pt")["model"]
     assert all(torch.equal(x, whole[name]) for name, x in weights(tmp_path)[1].items())
+    os.replace(tmp_path / "previous.pt", tmp_path / "last.pt")
+    assert eat.main([*run, "--resume"]) == 0 and weights(tmp_path)[0] == 5
+    assert "2 processes, and now has 1" in capsys.readouterr().err
 
 
 @slow
@@ -954,6 +951,25 @@ def test_probing_changes_nothing_and_agrees_with_knn(sounds, whole_run, esc, tmp
         assert path.read_text().splitlines() == whole
 
 
+def test_a_probe_whose_sound_goes_does_not_end_the_run(sounds, tmp_path, capsys, monkeypatch):
+    folder, probe = make_esc(tmp_path / "esc"), eat.probe
+    (folder / "audio/1-1000-A-41.wav").write_text("no sound")
+
+    def last_probe(*how):
+        found = probe(*how)
+        shutil.rmtree(folder / "audio", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(eat, "probe", last_probe)
+    out = tmp_path / "out"
+    assert eat.main(flags(sounds, out, f"--probe={folder}", "--probe-every=4")) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"the probe skipped 1 so far; new: \S+/1-1000-A-41.wav \(cannot be read", said)
+    assert "step 4: not probed: no clip can be read" in said
+    assert [line["step"] for line in logged(out) if "knn_cls" in line] == [0]
+    assert weights(out)[0] == 8
+
+
 def test_a_probe_starts_anew_says_what_it_probes_on_and_hears_what_finetune_hears(
         sounds, esc, tmp_path, capsys):
     (tmp_path / "run").mkdir()  # killed before its first checkpoint
@@ -1023,12 +1039,13 @@ BAD_INPUT = {
         ("--mean=-inf", "mean (-inf)"), ("--hours=1", "--hours and --steps"),
         ("--data={faint} --stats=measure --frames=128", "too quiet to learn from"),
         ("--beta2=1", "beta2 (1.0) must be finite, at least 0, at most 0.9999"),
+        ("--grad-clip=0", "grad_clip (0.0) must be finite, at least 1e-09"),
         ("--mask-ratio=nan", "mask_ratio (nan)"), ("--mask-ratio=1", "mask_ratio (1.0)"),
         ("--mask-ratio=0", "mask_ratio (0.0)"), ("--mask-block=4", "mask_block (4) must be odd"),
         ("--std=0", "std (0.0)"), ("--norm-eps=nan", "norm_eps (nan)"), ("--heads=0", "heads (0)"),
         ("--dim=36", "decoder_groups (16)"), ("--workers=-1", "workers (-1)"),
         ("--mlp-ratio=0.001", "mlp_ratio (0.001)"),
-        ("--steps=0", "steps (0) must be finite, at least 1"), ("--stepz=3", "--stepz=3"),
+        ("--steps=0", "steps (0) must be finite, at least 1"), ("--step=3", "--step=3"),
         ("--preset=bsae", "--preset: invalid choice: 'bsae'"),
         ("plot {empty}", "log.jsonl: no log"),
         ("export {last} {last}", "expected a folder"), ("bench --frames=100", "multiple of 16"),
@@ -1071,8 +1088,7 @@ BAD_INPUT = {
     (program, *row) for program, rows in BAD_INPUT.items() for row in rows])
 def test_bad_input_gets_one_line_and_status_2(program, wrong, says, sounds, whole_run, esc, tuned,
                                               tmp_path, capsys, monkeypatch):
-    if torch.cuda.is_available() and wrong == "--device=cuda":
-        pytest.skip("there is a CUDA device")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     places = {"empty": tmp_path / "empty", "broken": tmp_path / "broken", "run": whole_run,
               "last": whole_run / "last.pt", "tuned": tuned,
@@ -1151,8 +1167,6 @@ def test_a_poisoned_batch_leaves_the_weights_untouched(device, precision, tmp_pa
     other = "float16" if precision != "float16" else "bfloat16"  # another scaler's state is no use
     further, _ = train(tmp_path, machine_of(device, other), waves(), resumed=after, steps=last + 2)
     assert (further["scaler"]["scale"] > 1) == (other == "float16")
-    with pytest.raises(data.RunStopped, match="in a row"):
-        train(tmp_path / "2", machine, waves(loud=range(100)), steps=30)
 
 
 def test_a_decoder_without_a_loss_is_no_collapse():
@@ -1173,25 +1187,7 @@ def test_the_scale_of_float16_settles(device, scale, tmp_path, monkeypatch):
     wrong = [line["not_finite"] for line in logged(tmp_path)]
     assert wrong[0] == (scale > 1) and not any(wrong[-5:])
     assert scale < 1 or 1 < scaler.get_scale() < scale
-    torch.manual_seed(data.seed_of(0))
-    assert not torch.equal(model["student.cls"], EAT(small()).student.cls)
-
-
-@pytest.mark.parametrize("program", ["eat", "finetune"])
-def test_a_clip_beyond_all_measure_is_skipped_and_named(program, sounds, start_from, tmp_path,
-                                                        capsys):
-    """Its spectrogram, and with it features and gradients, would not be finite."""
-    loud, out = 1e30 * np.random.default_rng(0).standard_normal(11_200), tmp_path / "out"
-    if program == "eat":
-        folder = shutil.copytree(sounds, tmp_path / "loud")
-        write(folder / "loud.wav", loud, kind="DOUBLE")
-        assert eat.main(flags(folder, out, "--stats=measure")) == 0
-    else:
-        folder = make_esc(tmp_path / "esc")
-        write(folder / "audio/1-1000-A-41.wav", loud, kind="DOUBLE")
-        assert fine(folder, out, start_from, "--steps=4", "--batch-size=2") == 0
-    assert not any(line["not_finite"] for line in logged(out))
-    assert capsys.readouterr().err.count("above 1e12") == 1
+    assert model["student.pre_norm.bias"].any()  # it learns
 
 
 def test_poor_gradients_cost_fine_tuning_their_steps_only(esc, start_from, tmp_path, monkeypatch,
@@ -1212,15 +1208,12 @@ def test_poor_gradients_cost_fine_tuning_their_steps_only(esc, start_from, tmp_p
 
 
 def test_a_second_signal_ends_a_run_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt), eat.stop_signals() as caught:
-            signal.raise_signal(signal.SIGINT)
-            assert caught == [signal.SIGINT]
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & have it ignored
+    with pytest.raises(KeyboardInterrupt), eat.stop_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @linux
@@ -1349,24 +1342,18 @@ def test_an_encoder_of_uneven_width_can_be_read_back_and_cast(sounds, tmp_path):
     assert encoder(torch.ones(1, 1, 64, 128).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("wrong", [
-    {"num_heads": 10**9}, {"img_size": [10**12, 128]}, {"img_size": ["x", 128]},
-    {"norm_eps": -1.0}])
-def test_absurd_settings_are_refused_before_memory_is_asked_for(wrong, whole_run, tmp_path):
-    eat.export(str(whole_run / "last.pt"), str(tmp_path))
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, **wrong}))
-    with pytest.raises(UsageError, match=re.escape(f"{tmp_path}: ") + r"[^\n]*\Z"):
-        eat.load_encoder(tmp_path)
-
-
-def test_what_tensors_say_of_their_sizes_counts(whole_run, tmp_path):
-    """So that no file can ask for more memory than it holds."""
+def test_no_word_of_a_file_can_ask_for_more_memory_than_it_holds(whole_run, tmp_path):
     eat.export(str(whole_run / "last.pt"), str(tmp_path))
     path, state = tmp_path / "config.json", torch.load(whole_run / "last.pt")
+    config = json.loads(path.read_text())
+    for wrong in ({"num_heads": 10**9}, {"img_size": [10**12, 128]}, {"img_size": ["x", 128]},
+                  {"norm_eps": -1.0}):
+        path.write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(UsageError, match=re.escape(f"{tmp_path}: ") + r"[^\n]*\Z"):
+            eat.load_encoder(tmp_path)
+    # Of sizes what the tensors say counts.
     said = {"norm_eps": None, "embed_dim": 10**9, "depth": "many", "mlp_ratio": 1e9}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
+    path.write_text(json.dumps({**config, **said}))
     state["config"] |= {"dim": 10**9, "depth": 10**9}
     torch.save(state, tmp_path / "last.pt")
     for path in (tmp_path, tmp_path / "last.pt"):
@@ -1452,23 +1439,6 @@ def test_a_fine_tuned_file_has_its_own_length():
 # ---- eat.py: frozen features ---------------------------------------------------------------------
 
 
-def slow_reading(encoder, x):
-    """`x`: (1, 1, T, 128), all of it sound -> its rows (T / 16, 8 * D), 8 patches side by side,
-    averaged over the blocks; and the three readings of this one clip."""
-    tokens, outputs = encoder.embed(x), []
-    for block in encoder.blocks:
-        tokens, _ = block(tokens)
-        outputs.append(tokens[0, 1:])
-    rows = torch.stack(outputs).mean(0).view(x.shape[2] // 16, -1)
-    log_mel = x[0, 0].double() * 2 * encoder.config.std + encoder.config.mean
-    loud = log_mel.exp().view(len(rows), -1).sum(1) ** 0.3
-    share = (loud / loud.sum()).float()[:, None]
-    mean = (share * rows).sum(0)
-    deviation = (share * (rows - mean) ** 2).sum(0).sqrt()
-    return rows, {"patches": torch.cat([mean, deviation]),
-                  "CLS": tokens[0, 0], "mean of patches": tokens[0, 1:].mean(0)}
-
-
 def test_loudness_by_hand():
     """Ten times the power is 1.995 times as loud; padding is not heard, however loud it is."""
     std, x = 2.0, torch.zeros(2, 1, 64, 128)
@@ -1485,6 +1455,8 @@ def test_nearest_neighbours_by_hand():
     targets = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
     queries = torch.tensor([[2.0, 0.0], [-3.0, 0.01]])
     assert eat.nearest_neighbours(bank, targets, queries, k=2).argmax(1).tolist() == [0, 1]
+    many = eat.nearest_neighbours(bank, targets, queries.repeat(1000, 1), k=2).argmax(1)
+    assert many.tolist() == [0, 1] * 1000  # more than are compared at a time
     scores = eat.nearest_neighbours(bank, targets, torch.tensor([[1.0, 0.1]]), k=4)
     assert eat.nearest_neighbours(bank[:1], targets[:1], queries).isfinite().all()
     # The four neighbours lie opposite in pairs.
@@ -1556,6 +1528,10 @@ def test_channels_are_averaged_and_parts_can_be_read(tmp_path):
     torch.testing.assert_close(part, want[4000:12_000], atol=1e-6, rtol=0)
     phone = write(tmp_path / "phone.wav", sound[:, 0], kind="GSM610")  # in which one cannot seek
     assert torch.equal(load_audio(phone, 0.25, 0.5), load_audio(phone)[4000:12_000])
+    # The spectrogram of something as loud as this would not be finite.
+    loud = write(tmp_path / "loud.wav", 1e30 * sound, kind="DOUBLE")
+    with pytest.raises(AudioError, match="above 1e12"):
+        load_audio(loud)
 
 
 def damaged(content, rng):
@@ -1710,18 +1686,23 @@ def test_too_little_shared_memory_ends_the_run(sounds, tmp_path, capsys, monkeyp
 def test_short_files_get_advice_that_fits(tmp_path, sounds, capsys):
     for k in range(5):
         tone(tmp_path / f"{k}.wav", seconds=0.7 if k < 4 else 7.0)
-    assert eat.main(flags(tmp_path, tmp_path / "out", "--frames=256", steps=1)) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "half of the clips" in x]
+    assert eat.main(flags(tmp_path, tmp_path / "out", "--frames=256", "--resume", steps=1)) == 0
+    said = capsys.readouterr()
+    assert "out has no checkpoint: a new run begins" in said.err
+    (line,) = [x for x in said.out.splitlines() if "half of the clips" in x]
     assert line.startswith("data ") and "no more than 0.70 s" in line
     assert line.endswith("try --frames 80")  # 68 windows in 0.7 s, and a multiple of 16
     for path, frames in ((tmp_path, 80), (sounds, 64)):
         assert open_clips(str(path), frames).advice() == ""
     esc = str(make_esc(tmp_path / "esc"))  # of 0.7 s, too
     for path in (esc, pack(esc, tmp_path / "packed").path):
-        assert "try --frames 80" in data.open_labelled(path, 256).clips.advice()
+        advice = data.open_labelled(path, 256).clips.advice()
+        assert "nearly all of the clips" in advice and "try --frames 80" in advice
         assert data.open_labelled(path, 80).clips.advice() == ""
         long = data.open_labelled(path, 32).clips.advice()
         assert "longer than 0.50 s, and of each only the beginning" in long
+    tone(Path(esc) / "audio/1-1000-A-41.wav", seconds=2.5)  # would be cut
+    assert data.open_labelled(esc, 256).clips.advice() == ""
 
 
 def test_unusable_clips_give_way_to_others_and_are_named(tmp_path):
@@ -1741,29 +1722,25 @@ def test_unusable_clips_give_way_to_others_and_are_named(tmp_path):
     assert len(batch.waveforms) == 0 and len(batch.skipped) == 4
 
 
-@pytest.mark.parametrize("damage, lost", [("cut off", range(7, 17)), ("not finite", (5, 16)),
-                                          ("a hole", (4, 5))])
-def test_damage_costs_the_clips_it_is_in(damage, lost, tmp_path):
-    sound, path = np.random.default_rng(0).uniform(-0.5, 0.5, 170_000), tmp_path / "a.flac"
-    if damage == "not finite":
-        sound[[60_000, 169_999]] = np.nan
-        path = tmp_path / "a.wav"
-    write(path, sound, kind="FLOAT" if damage == "not finite" else None)
-    content = path.read_bytes()
-    if damage == "cut off":  # its header still claims all of it
-        path.write_bytes(content[: len(content) // 2])
-    if damage == "a hole":
-        hole = len(content) * 5 // 16
-        path.write_bytes(content[:hole] + bytes(2000) + content[hole + 2000 :])
-    clips = open_clips(str(tmp_path), 64)
-    numbers = [clips[[number]].numbers.item() for number in range(17)]
-    assert set(numbers) == set(range(17)) - set(lost)
-    assert all(number == k for k, number in enumerate(numbers) if k not in lost)
+def test_damage_costs_the_clips_it_is_in(tmp_path):
+    sound = np.random.default_rng(0).uniform(-0.5, 0.5, 170_000)
+    whole = write(tmp_path / "whole.flac", sound).read_bytes()
+    half, hole = len(whole) // 2, len(whole) * 5 // 16
+    cut = tmp_path / "cut.flac"
+    cut.write_bytes(whole[:half])  # its header still claims all of it
+    holed = tmp_path / "holed.flac"
+    holed.write_bytes(whole[:hole] + bytes(2000) + whole[hole + 2000 :])
+    sound[[60_000, 169_999]] = np.nan
+    not_finite = write(tmp_path / "not finite.wav", sound, kind="FLOAT")
+    for path, lost in ((cut, range(7, 17)), (holed, (4, 5)), (not_finite, (5, 16))):
+        clips = open_clips(str(path), 64)
+        numbers = [clips[[number]].numbers.item() for number in range(17)]
+        assert set(numbers) == set(range(17)) - set(lost)
+        assert all(number == k for k, number in enumerate(numbers) if k not in lost)
 
 
 def test_the_demo_comes_from_its_seed_and_its_classes_do_not_differ_in_mean_spectrum():
-    """Nearest neighbours on each mel band's mean power stay near chance (8 %), so features must see
-    movement."""
+    """By the mean power of mel bands, neighbours find little above chance (8 %)."""
     demo, same, other = (data.Demo(256, seed, size=240, held_out=True) for seed in (0, 0, 1))
     sound = demo.read(5)
     assert torch.equal(sound, same.read(5)) and sound.isfinite().all() and len(demo.classes) >= 10
@@ -1831,18 +1808,12 @@ def test_a_pack_holds_what_the_files_hold_and_is_read_by_whom_it_should(several,
     assert all(map(torch.equal, *read))
 
 
-def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, monkeypatch, capsys):
+@linux
+def test_a_pack_that_was_killed_is_packed_anew(several, tmp_path, capsys):
     cut = tmp_path / "cut"
     pack(several, tmp_path / "whole")
-
-    def killed(path, *arguments):
-        if path > f"{several}/c":
-            raise KeyboardInterrupt
-        return load_audio(path, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "load_audio", killed)
-        assert data.main(["pack", str(several), str(cut), "--workers=0"]) == 130
+    run = ["pack", str(several), str(cut), "--workers=0"]
+    driven(tmp_path, ("at(data, 'load_audio', 3, send(9))", "data", run, -9))
     refused(eat.main, flags(cut, tmp_path / "out"), "no sound in it", capsys)
     for name in ("samples", "pack.json.part"):  # killed just before the end
         with open(cut / name, "ab") as file:
@@ -1904,8 +1875,7 @@ def test_packed_clips_take_little_memory(tmp_path):
 
 
 def make_esc(folder, folds=(1, 2)):
-    """ESC-50's layout: two classes, the first of them in ESC-10; two clips a class and fold, easy
-    to tell apart."""
+    """ESC-50's layout: two classes, the first in ESC-10; two clips a class and fold."""
     (folder / "meta").mkdir(parents=True)
     (folder / "audio").mkdir()
     rows = ["filename,fold,target,category,esc10,src_file,take"]
@@ -1998,10 +1968,30 @@ def test_folders_of_classes_have_parts_or_lists_or_neither(tmp_path):
     assert (names(speech, train), names(speech, test)) == (["2.wav"] * 2, ["1.wav"] * 2)
 
     make_classes(tmp_path / "flat", few=2, many=10)
+    make_classes(tmp_path / "flat", one=1)  # nothing of it can be tested
     flat, again = (labelled(tmp_path / "flat", seed=1) for _ in range(2))
     ((train, test),), ((_, same),) = flat.folds.values(), again.folds.values()
-    assert torch.equal(test, same) and flat.targets(test.tolist()).sum(0).tolist() == [1, 2]
-    assert sorted(train.tolist() + test.tolist()) == list(range(12))
+    assert torch.equal(test, same) and flat.targets(test.tolist()).sum(0).tolist() == [1, 2, 0]
+    assert sorted(train.tolist() + test.tolist()) == list(range(13))
+
+
+def test_links_lead_to_the_same_files(tmp_path):
+    make_manifests(tmp_path / "sound")
+    (tmp_path / "far/away").mkdir(parents=True)
+    lists = shutil.copytree(tmp_path / "sound", tmp_path / "lists",
+                            ignore=shutil.ignore_patterns("*.wav"))
+    for path in lists.glob("*.tsv"):
+        path.write_text(path.read_text().replace(str(tmp_path), ".."))
+    (tmp_path / "far/away/link").symlink_to(lists)
+    make_classes(tmp_path / "all", one=3, two=3)
+    for part in ("train", "test"):
+        (tmp_path / "classes" / part).mkdir(parents=True)
+        for name in ("one", "two"):
+            (tmp_path / "classes" / part / name).symlink_to(tmp_path / "all" / name)
+    for path, clips in (("far/away/link", 6), ("classes", 12)):
+        packed = pack(tmp_path / path, tmp_path / f"packed{clips}").path
+        for found in (labelled(tmp_path / path), labelled(packed)):
+            assert len(found.clips) == clips and not found.clips.skipped
 
 
 def test_manifests_have_several_labels_a_clip(tmp_path, capsys):
@@ -2143,10 +2133,10 @@ def test_noise_is_small_and_frames_roll_by_minus_ten_to_nine():
     assert 0 <= y.min() and 0.09 < heights.max() < 0.1 and heights.min() < 0.01
 
 
-def blobs(clips, features, noise, seed=0):
+def blobs(clips, features, seed=0):
     """Three classes, a clip each in turn, that one feature tells apart."""
     torch.manual_seed(seed)
-    x, labels = noise * torch.randn(clips, features), torch.arange(clips) % 3
+    x, labels = torch.randn(clips, features), torch.arange(clips) % 3
     x[:, 0] += labels
     return x, F.one_hot(labels).float()
 
@@ -2155,7 +2145,7 @@ def blobs(clips, features, noise, seed=0):
                                                           (30, 90, True)])
 def test_the_linear_probe_reaches_the_optimum(clips, features, multi_label):
     """There the penalty's gradient is the loss's, and the bias of every clip is the same."""
-    x, targets = blobs(clips, features, 1.0)
+    x, targets = blobs(clips, features)
     z = ((x - x.mean(0)) / x.std(0)).double()
     scores, l2 = finetune.linear_scores(x, targets, x, 3.0, multi_label)
     missing = targets - (scores.sigmoid() if multi_label else scores.softmax(1))
@@ -2166,7 +2156,7 @@ def test_the_linear_probe_reaches_the_optimum(clips, features, multi_label):
 
 def test_the_linear_probe_chooses_its_penalty_on_training_clips():
     """Of noisy clips one that is far above 1, and better on others."""
-    (x, targets), (others, right) = blobs(120, 200, 1.0), blobs(600, 200, 1.0, seed=1)
+    (x, targets), (others, right) = blobs(120, 200), blobs(600, 200, seed=1)
     accuracy = {}
     for asked in (None, 1.0):
         scores, l2 = finetune.linear_scores(x, targets, others, asked, False)
@@ -2220,6 +2210,7 @@ def test_fine_tuning_does_what_a_slow_version_does(loss, esc, tmp_path):
     config, dataset = small(depth=3), labelled(esc)
     recipe = FineTune(out=str(tmp_path), steps=5, warmup=0.4, lr=1e-2, min_lr=1e-3, batch_size=4,
                       accumulate=2, drop_path=0.5, loss=loss, label_smoothing=0.1, seed=7)
+    torch.manual_seed(0)
     start = Encoder(config).state_dict()
     finetune.fine_tune(dataset, start, config, recipe, machine_of(), None)
     torch.manual_seed(data.seed_of(7))
@@ -2323,7 +2314,7 @@ def test_fine_tuning_learns_and_the_classifier_predicts(esc, start_from, tmp_pat
     assert "%  chainsaw" in said.out and said.err.count("nowhere.wav (no such file)") == 1
 
 
-def test_a_classifier_survives_export(tuned, tmp_path):
+def test_a_classifier_survives_export_and_its_encoder_can_be_pre_trained_on(tuned, tmp_path):
     model, x = finetune.load_classifier(tuned / "last.pt"), torch.ones(1, 1, 64, 128)
     for target, close in (("hf", {}), ("one.safetensors", dict(atol=0.02, rtol=0.02))):
         assert eat.main(["export", str(tuned / "last.pt"), str(tmp_path / target)]) == 0
@@ -2332,7 +2323,10 @@ def test_a_classifier_survives_export(tuned, tmp_path):
         assert back.encoder.config.mean == -6.627
         torch.testing.assert_close(back(x), model(x), **close)
     encoder = eat.load_encoder(tuned / "last.pt")
-    torch.testing.assert_close(encoder.state_dict(), model.encoder.state_dict())
+    begun = EAT(encoder.config)  # as with --init
+    eat.start_from(begun, tuned / "last.pt")
+    for part in (encoder, begun.student, begun.teacher):
+        torch.testing.assert_close(part.state_dict(), model.encoder.state_dict())
 
 
 @linux
@@ -2404,12 +2398,24 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
     c = encoder.config
 
     def slow(wave, hop):
-        """Of each window its length, its rows in time, and its readings."""
+        """Of each window its length; its rows in time, 8 patches side by side, averaged over the
+        blocks; and its three readings."""
         for start in range(0, len(wave) - 399, hop):
             window = wave[start : start + hop + 240]
             steps = max(1, ((len(window) - 400) // 160 + 1) // 16)
             x = spectrogram(window[None], torch.tensor([len(window)]), steps * 16, c.mean, c.std)
-            yield len(window), *slow_reading(encoder, x)
+            tokens, outputs = encoder.embed(x), []
+            for block in encoder.blocks:
+                tokens, _ = block(tokens)
+                outputs.append(tokens[0, 1:])
+            rows = torch.stack(outputs).mean(0).view(steps, -1)
+            log_mel = x[0, 0].double() * 2 * c.std + c.mean
+            loud = log_mel.exp().view(steps, -1).sum(1) ** 0.3
+            share = (loud / loud.sum()).float()[:, None]
+            mean = (share * rows).sum(0)
+            deviation = (share * (rows - mean) ** 2).sum(0).sqrt()
+            yield len(window), rows, {"patches": torch.cat([mean, deviation]), "CLS": tokens[0, 0],
+                                      "mean of patches": tokens[0, 1:].mean(0)}
 
     for k, count in enumerate((1, 1, 2, 3, 4, 41)):  # of 16 frames; 5,360 samples fill two
         wave = load_audio(tmp_path / f"{k}.wav")
@@ -2431,8 +2437,8 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
 @torch.no_grad()
 def test_look_draws_a_clip_and_what_an_encoder_makes_of_it(start_from, tmp_path):
     clip, out = str(tone(tmp_path / "$_$.wav")), tmp_path / "look.png"  # no formula
-    for more in ([], [start_from, f"--seed={10**20}"]):
-        assert finetune.main(["look", clip, f"--out={out}", *more]) == 0
+    for name, *more in ((out,), (tmp_path / "look", start_from, f"--seed={10**20}")):
+        assert finetune.main(["look", clip, f"--out={name}", *more]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
         out.unlink()
     # With hertz where they are; bin k is drawn from k to k + 1.
@@ -2450,14 +2456,11 @@ def test_look_draws_a_clip_and_what_an_encoder_makes_of_it(start_from, tmp_path)
     torch.testing.assert_close(finetune.cls_attention(encoder, x), torch.full((32,), 1 / 33))
 
 
-def test_plot_draws_the_learning_curves(whole_run, tmp_path, capsys):
-    log = tmp_path / "log.jsonl"
+def test_plot_draws_the_learning_curves(whole_run, tmp_path):
     more = b'{"step": 9, "loss": null}\n{"step": 9, "knn_patches": 0.5}\n{"step"'
-    log.write_bytes((whole_run / "log.jsonl").read_bytes() + more)
+    (tmp_path / "log.jsonl").write_bytes((whole_run / "log.jsonl").read_bytes() + more)
     assert eat.main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
-    log.write_text("")
-    refused(eat.main, ["plot", tmp_path], "nothing in it yet", capsys)
 
 # ---- Whatever ends a run, it ends; nothing is lost or mixed up in silence ------------------------
 
@@ -2636,7 +2639,7 @@ def test_nothing_to_test_on_is_one_line(mode, sounds, start_from, tmp_path, caps
     said = capsys.readouterr()
     line = said.err.strip().splitlines()[-1]
     assert status == 2 and ".py: " in line and "1-1000-A-41.wav" in line
-    assert "nan" not in said.out.lower() and "Traceback" not in said.err
+    assert "nan" not in said.out.lower()
     assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
 
 
@@ -2698,16 +2701,13 @@ def test_tensors_on_a_card_have_the_right_devices_and_precisions(dtype):
         if name:
             module.register_forward_hook(
                 lambda _, inputs, output, name=name: seen.update({name: (*inputs, output)}))
-    with torch._subclasses.FakeTensorMode():
-        state = {name: torch.empty(x.shape, device="cuda", requires_grad=x.requires_grad)
-                 for name, x in [*model.named_parameters(), *model.named_buffers()]}
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cuda")
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", dtype)
         try:
             x = torch.empty(2, 1, 64, 128, device="cuda")
-            results = [*torch.func.functional_call(model, state, (x,)).values()]
-            model.forward = model.targets
-            results.append(torch.func.functional_call(model, state, (x,)))
+            results = [*model(x).values(), model.targets(x)]
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
@@ -2774,12 +2774,11 @@ BASE = EATConfig(dim=768, heads=12, depth=2, frames=256, clones=2, decoder_layer
 
 def test_a_batch_in_parts_is_one_line_of_means_and_has_no_cuda_graphs(tmp_path, monkeypatch):
     """A gradient that is kept over calls would be overwritten by the next one's graph."""
-    asked, given, found, modes, prepare = [], [], [], [], eat.Machine.prepare
+    asked, found, modes, prepare = [], [], [], eat.Machine.prepare
 
     def noted(self, model, graphs=False):
         def net(x, mask):
             found.append(model(x, mask))
-            given.append((x, mask))
             return found[-1]
 
         asked.append(graphs)
@@ -2793,11 +2792,6 @@ def test_a_batch_in_parts_is_one_line_of_means_and_has_no_cuda_graphs(tmp_path, 
         for name, first in parts[0].items():
             mean = (first.item() + parts[1][name].item()) / 2
             assert line[name] == pytest.approx(mean, rel=1e-6) and first != parts[1][name]
-    torch.manual_seed(data.seed_of(0))
-    x, mask = map(torch.cat, zip(*given[2:4]))  # the parts of the first step, as one batch
-    _, gradients = losses_and_gradients(EAT(small()), x, mask, machine_of())
-    norm = joined(gradients.values()).norm().item()
-    assert logged(tmp_path / "2")[0]["grad_norm"] == pytest.approx(norm, rel=0.1)  # other noise
     monkeypatch.setattr(torch, "compile", lambda model, mode, **_: modes.append(mode))
     machine = machine_of(compile=True)
     for device, graphs in (("cpu", True), ("cuda", False), ("cuda", True)):
