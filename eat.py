@@ -394,7 +394,7 @@ class EAT(nn.Module):
         tokens = self.student(spectrogram, keep)  # (B * C, 1 + K, D)
         prediction = self.decode(tokens[:, 1:], keep, grid).float()  # (B, C, N, D)
 
-        # L_f: squared error at masked patches alone. Both terms are sums over D / sqrt(D): release.
+        # L_f: squared error at masked patches alone. The release divides both terms by sqrt(D).
         error = (prediction - targets[:, None]).square().sum(-1) / config.dim**0.5  # (B, C, N)
         frame_loss = (error * mask).sum() / mask.sum()
         # L_u: every clone's CLS against the mean of its clip's targets.
@@ -1288,8 +1288,8 @@ def resume(given, own):
 
 def choose_preset(given, start, machine):
     """Where --preset does not say. `start`: the checkpoint of --init, or None."""
-    if start:  # what our own run had; else the release's recipe
-        return start["recipe"]["preset"] if "processes" in start else "base"
+    if start:  # our own run's, else the release's
+        return start["recipe"].get("preset", "base") if "processes" in start else "base"
     if given["data"] == "demo":
         return "demo"
     if machine.device.type == "cpu":
