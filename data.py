@@ -445,8 +445,10 @@ def loading(clips, batches, workers, device):
     by none), which end when the block is left, however that happens."""
     # To read a pack is to copy: not worth a process, unless this one is busy driving a card.
     workers = 0 if clips.packed and device.type == "cpu" else workers
+    # Forked also from Python 3.14 on: a worker of its server would outlive a killed parent.
+    how = "fork" if workers and sys.platform == "linux" else None
     loader = iter(DataLoader(  # without a batch size: `clips` itself makes the batches
-        clips, batch_size=None, sampler=batches, num_workers=workers,
+        clips, batch_size=None, sampler=batches, num_workers=workers, multiprocessing_context=how,
         worker_init_fn=_settle_worker, pin_memory=device.type == "cuda"))
     try:
         yield loader
@@ -841,6 +843,8 @@ def run(program, job):
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said:
             said = (f"out of memory: {said}. In training, try a smaller --batch-size, or "
                     "--accumulate 2")
+        elif "no kernel image" in said:
+            said = "this build of torch does not know the card, which may be too old: --device cpu"
         elif "shared memory(shm)" in str(error):  # Docker gives 64 MB
             said = "too little shared memory (/dev/shm) for --workers; --workers 0 needs none"
         elif said.startswith("DataLoader worker"):
@@ -890,9 +894,11 @@ def main(argv=None):
     parser.add_argument("command", choices=["pack"])
     parser.add_argument("path", help="a folder of sound, a file, or a list of files")
     parser.add_argument("out", help="the folder to write, which is then a --data")
-    parser.add_argument("--workers", type=int, choices=range(65), default=min(64, count_cores()),
-                        metavar="INT", help="processes that decode [%(default)s]")
+    parser.add_argument("--workers", type=int, default=min(64, count_cores()), metavar="INT",
+                        help="processes that decode [%(default)s]")
     args = parser.parse_args(argv)
+    if not 0 <= args.workers <= 64:
+        parser.error(f"--workers {args.workers}: must be at least 0, at most 64")
     return run("data.py", lambda: pack(args.path, args.out, args.workers))
 
 

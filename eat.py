@@ -43,7 +43,7 @@ from tqdm import tqdm
 # These are for the recipe and what follows it. The model needs torch alone.
 from data import (STATS, Clips, Parser, RunStopped, UsageError, count_cores, count_frames,
                   describe_skipped, loading, lock, loudness, make_folder, measure_stats, open_clips,
-                  open_labelled, part_size, run, seed_of, shares, shuffled, spectrogram)
+                  open_labelled, part_size, run, seed_of, shares, shuffled, spectrogram, whole_name)
 
 # ---- Configuration -------------------------------------------------------------------------------
 
@@ -520,7 +520,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
         log.probe(step, model.student, labelled)
 
     def save(must=False):
-        if saving and step and machine.rank == 0:
+        if saving and step:
             save_checkpoint(recipe.out, {
                 "config": vars(config), "recipe": vars(recipe), "step": step, "clips": len(clips),
                 "processes": machine.world, "model": model.state_dict(),
@@ -816,7 +816,7 @@ class Log:
 
     def __init__(self, out, step, steps, machine, clips, name=None, keep=None):
         self.machine, self.clips = machine, clips
-        self.path = os.path.join(out, "log.jsonl") if out and machine.rank == 0 else None
+        self.path = os.path.join(out, "log.jsonl") if out else None
         self.step, self.since, self.probes = step, time.perf_counter(), set()
         if machine.rank > 0:
             clips.named = len(clips.skipped)  # the first process names those
@@ -1186,18 +1186,25 @@ def plot(out):
     lines = read_log(out) if os.path.exists(path) else []
     if not lines:
         raise UsageError(f"{path}: no log, or nothing in it yet; a run writes it into its --out")
+    for line in lines:
+        if "teacher_decay" in line:
+            line["1 - teacher_decay"] = 1 - line["teacher_decay"]
     panels = (("loss", "frame_loss", "utterance_loss"), ("target_std", "prediction_std"),
-              ("grad_norm",), ("lr",), ("teacher_decay",),
+              ("grad_norm",), ("lr",), ("1 - teacher_decay",),
               ("knn_patches", "knn_cls", "knn_mean_of_patches"))
+    folds = dict.fromkeys(line.get("fold", "") for line in lines)  # of fine-tuning; else none
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, names in zip(figure.subplots(2, 3).flat, panels):
         for name in names:
-            known = [line for line in lines if line.get(name) is not None]
-            axes.plot([line["step"] for line in known], [line[name] for line in known], label=name)
+            for fold in folds:
+                known = [line for line in lines
+                         if line.get("fold", "") == fold and line.get(name) is not None]
+                axes.plot([line["step"] for line in known], [line[name] for line in known],
+                          label=f"{name} {fold}".strip())
         axes.legend()
-        axes.set(xlabel="step", yscale="log" if "loss" in names[0] else "linear")
+        axes.set(xlabel="step", yscale="log" if names[0].endswith(("loss", "decay")) else "linear")
     path = os.path.join(out, "log.png")
     figure.savefig(path)
     print(path)
@@ -1288,8 +1295,13 @@ def resume(given, own):
 
 def choose_preset(given, start, machine):
     """Where --preset does not say. `start`: the checkpoint of --init, or None."""
-    if start:  # our own run's, else the release's
-        return start["recipe"].get("preset", "base") if "processes" in start else "base"
+    if start and "processes" in start:  # a run of ours
+        return start["recipe"].get("preset", "base")
+    if start:
+        for name in RECIPES:
+            if all(start["config"][key] == PRESETS[name][key] for key in ("dim", "depth")):
+                return name
+        return "base"
     if given["data"] == "demo":
         return "demo"
     if machine.device.type == "cpu":
@@ -1364,7 +1376,8 @@ def describe(config, recipe, clips, machine, labelled, resumed):
     size = sum(p.numel() for p in Encoder(config).parameters()) / 1e6
     passes = recipe.steps * recipe.batch_size / len(clips)
     parts = f" in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
-    print(f"preset   {recipe.preset}; there are {', '.join(PRESETS)}")
+    alone = "'s recipe, on the sizes of --init" if recipe.init else ""
+    print(f"preset   {recipe.preset}{alone}; there are {', '.join(PRESETS)}")
     print(f"data     {recipe.data}: {len(clips):,} clips of {config.frames / 100:.2f} s; mean "
           f"{config.mean}, deviation {config.std}{clips.advice()}")
     print(f"model    encoder of {size:.1f} M parameters; "
@@ -1375,9 +1388,10 @@ def describe(config, recipe, clips, machine, labelled, resumed):
           f"{recipe.seed}")
     print(f"machine  {machine}")
     if labelled:
-        same = recipe.probe == recipe.data and recipe.data != "demo"
+        trained_on = {whole_name(name) for name in clips.source.names if recipe.data != "demo"}
+        both = len(trained_on.intersection(labelled.clips.source.names))
         print(f"probe    {labelled}; chance {1 / len(labelled.classes):.0%}"
-              f"{', the very sound it is trained on' if same else ''}")
+              + (f"; {both:,} of its files are trained on, without labels" if both else ""))
     if resumed:
         print(f"resumed  at step {resumed['step']:,}")
         for name, now in (("clips", len(clips)), ("processes", machine.world)):
@@ -1394,13 +1408,17 @@ def pretrain(**given):
         given = {"out": "out-demo", "probe": "demo", "compile": False, **given}
     given = {"out": Recipe.out, **given}
     machine, resumed = settings(Machine, given), resume(given, "processes")
+    found = resumed["step"] if resumed else 0
+    if machine.reduce(found, "MIN") != machine.reduce(found, "MAX"):
+        raise UsageError(f"{given['out']}: not the same checkpoint for all processes; --out must "
+                         "be one folder that all of them see")
     config, recipe, clips, labelled = settle(given, machine, resumed)
     with lock(recipe.out) if machine.rank == 0 else contextlib.nullcontext():
         if machine.rank == 0:
             if not resumed:
                 resume({"out": recipe.out}, "processes")  # refuses what another run has left since
             describe(config, recipe, clips, machine, labelled, resumed)
-        train(config, recipe, clips, machine, resumed, labelled)
+        train(config, recipe, clips, machine, resumed, labelled, saving=machine.rank == 0)
     if machine.world > 1:
         torch.distributed.destroy_process_group()
     if machine.rank == 0:

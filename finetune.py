@@ -101,7 +101,7 @@ class FineTune:
     frames: int = option(None, "length of a clip, in 10 ms; default: by --data and --recipe")
     stats: str = option(None, "mean and deviation to normalise with; by recipe, for frozen "
                         "features the checkpoint's", choices=(*STATS, "checkpoint"))
-    reading: str = option("CLS", "what the head reads", choices=("CLS", "patches"))
+    reading: str = option("CLS", "what fine-tuning's head reads", choices=("CLS", "patches"))
     steps: int = option(4000, "optimizer updates")
     batch_size: int = option(48, "clips an update")
     accumulate: int = option(1, "parts of a batch, one after the other, for less memory; mixup "
@@ -514,26 +514,26 @@ def summary(folds):
     return said
 
 
-def write_results(results, data, recipe, config):
+def write_results(results, data, recipe, config, **more):
     """results.json, and confusion.png where clips have one label each."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     said = json.dumps({"data": str(data), "skipped": data.clips.skipped, "results": results,
                        "recipe": vars(recipe), "config": vars(config),
-                       "command": sys.argv, "versions": versions}, indent=1, allow_nan=False)
+                       "versions": versions, **more}, indent=1, allow_nan=False)
     Path(recipe.out, "results.json").write_text(said)
-    best = results.get("fine-tuned") or results["patches"]
+    kind = "fine-tuned" if recipe.mode == "finetune" else "patches"
     if data.multi_label or recipe.shots:
         return
     from matplotlib.figure import Figure
 
-    confusion = np.sum([result["confusion"] for result in best.values()], axis=0)
+    confusion = np.sum([result["confusion"] for result in results[kind].values()], axis=0)
     size = min(30, 3 + 0.3 * len(data.classes))
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(confusion, cmap="Blues")
     axes.set_xticks(range(len(data.classes)), data.classes, rotation=90, parse_math=False)
     axes.set_yticks(range(len(data.classes)), data.classes, parse_math=False)
-    axes.set(xlabel="predicted", ylabel="label", title=summary(best))
+    axes.set(xlabel="predicted", ylabel="label", title=f"{kind}: {summary(results[kind])}")
     for (row, column), count in np.ndenumerate(confusion):
         if count and len(data.classes) <= 100:
             colour = "white" if count > confusion.max() / 2 else "black"
@@ -850,8 +850,8 @@ def settle(given):
     return recipe, config, data, tensors, resumed
 
 
-def train_or_probe(given):
-    """The main job."""
+def train_or_probe(given, command):
+    """The main job. `command`: how it was asked for, which stands in results.json."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     machine = eat.settings(Machine, given)
@@ -863,6 +863,8 @@ def train_or_probe(given):
     with lock(recipe.out):
         if not resumed:  # has another run written here since we looked?
             eat.resume({"out": recipe.out}, "start")
+            if recipe.resume:
+                print(f"warning  {recipe.out} has no checkpoint: a new run begins", file=sys.stderr)
         if recipe.mode == "finetune":
             advice = "" if recipe.recipe == "small" else " (for a CPU there is 'small')"
             print(f"recipe   {recipe.recipe or 'as esc50'}{advice}: {recipe.steps:,} steps x "
@@ -876,7 +878,7 @@ def train_or_probe(given):
             results = (shots if recipe.shots else probe)(data, start, config, recipe, machine)
         if data.clips.skipped:
             print(f"skipped {len(data.clips.skipped)}: {describe_skipped(data.clips.skipped)}")
-        write_results(results, data, recipe, config)
+        write_results(results, data, recipe, config, command=command, machine=str(machine))
     print(f"written to {recipe.out}")
 
 
@@ -888,7 +890,7 @@ def main(argv=None):
         parser = Parser(prog="finetune.py", description=__doc__)
         parser.add_fields(FineTune, Machine)
         given = vars(parser.parse_args(words))
-        return run("finetune.py", lambda: train_or_probe(given))
+        return run("finetune.py", lambda: train_or_probe(given, ["finetune.py", *words]))
     parser = Parser(prog=f"finetune.py {command}", description=jobs[command].__doc__)
     parser.add_argument("--checkpoint", required=command != "look", help="a checkpoint")
     if command == "look":

@@ -516,10 +516,13 @@ def test_the_loop_does_what_a_slow_version_does(tmp_path):
 
 def test_a_run_from_a_checkpoint_has_its_recipe(sounds, whole_run, tuned):
     """The release's, where it is no pre-training of our own."""
-    for out, preset, batch in ((whole_run, "tiny", 16), (tuned, "base", 48)):
-        given = {"data": str(sounds), "init": out / "last.pt", "steps": 1}
+    for path, dim, preset, batch in (
+        (whole_run / "last.pt", 32, "tiny", 16), (tuned / "last.pt", 32, "base", 48),
+        (HERE / "assets/tiny.safetensors", 192, "tiny", 16),
+    ):
+        given = {"data": str(sounds), "init": path, "steps": 1}
         config, recipe, *_ = eat.settle(given, machine_of())
-        assert (config.dim, recipe.preset, recipe.batch_size) == (32, preset, batch)
+        assert (config.dim, recipe.preset, recipe.batch_size) == (dim, preset, batch)
 
 
 def waves(loud=(), size=8, frames=64):
@@ -776,12 +779,12 @@ def driven(folder, *cases):
     return said
 
 
-def in_two(folder, program, arguments, hook=""):
+def in_two(folder, program, arguments, hook="", status=0):
     """A case in two processes, told what torchrun would tell them -> what each said."""
     port = get_free_port()
     place = ("os.environ.update(RANK='{}', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', "
              "MASTER_PORT='{}'); ")
-    return driven(folder, *((place.format(rank, port) + hook, program, arguments, 0)
+    return driven(folder, *((place.format(rank, port) + hook, program, arguments, status)
                             for rank in (0, 1)))
 
 
@@ -860,6 +863,9 @@ def test_two_processes_resume_exactly_and_one_goes_on(sounds, tmp_path, capsys):
     whole = torch.load(tmp_path / "whole.pt")["model"]
     assert all(torch.equal(x, whole[name]) for name, x in weights(tmp_path)[1].items())
     os.replace(tmp_path / "previous.pt", tmp_path / "last.pt")
+    apart = f"arguments.append('--out={tmp_path}' + '/none' * int(os.environ['RANK']))"
+    for said in in_two(tmp_path, "eat", [*run, "--resume"], apart, status=2):
+        assert "not the same checkpoint" in said
     assert eat.main([*run, "--resume"]) == 0 and weights(tmp_path)[0] == 5
     assert "2 processes, and now has 1" in capsys.readouterr().err
 
@@ -966,7 +972,7 @@ def test_a_probe_whose_sound_goes_does_not_end_the_run(sounds, tmp_path, capsys,
     out = tmp_path / "out"
     assert eat.main(flags(sounds, out, f"--probe={folder}", "--probe-every=4")) == 2
     shown, said = capsys.readouterr()
-    assert "the very sound" not in shown
+    assert "are trained on" not in shown
     assert re.search(r"the probe skipped 1 so far; new: \S+/1-1000-A-41.wav \(cannot be read", said)
     assert "step 4: not probed: no clip can be read" in said
     assert [line["step"] for line in logged(out) if "knn_cls" in line] == [0]
@@ -978,7 +984,7 @@ def test_a_probe_starts_anew_says_what_it_probes_on_and_hears_what_finetune_hear
     (tmp_path / "run").mkdir()  # killed before its first checkpoint
     (tmp_path / "run/log.jsonl").write_text('{"step": 0, "knn_cls": 9}\n{"step": 1, "loss": 9}\n')
     assert eat.main(flags(esc, tmp_path / "run", f"--probe={esc}", steps=1)) == 0
-    assert "the very sound it is trained on" in capsys.readouterr().out
+    assert "chance 50%; 8 of its files are trained on" in capsys.readouterr().out
     lines = logged(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [1] and lines[0]["knn_cls"] <= 1
     run = flags(sounds, tmp_path / "other", f"--probe={make_manifests(tmp_path / 'labels')}")
@@ -1056,7 +1062,7 @@ BAD_INPUT = {
         ("export {last} {last}", "expected a folder"), ("bench --frames=100", "multiple of 16"),
         ("export {last} {last}/x.safetensors", "expected a folder")],
     "data": [
-        ("pack {empty} {empty}/pack --workers=-1", "invalid choice"),
+        ("pack {empty} {empty}/pack --workers=-1", "at least 0"),
         ("pack {broken} {empty}/pack", "nothing in it can be read; "),
         ("pack x.wav y --sede=1", "--sede=1")],
     "finetune": [
@@ -1675,7 +1681,7 @@ def test_a_long_file_is_resampled_in_pieces_as_in_one():
         torch.testing.assert_close(found[:least], wanted[:least], atol=1e-6, rtol=0)
 
 
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="its workers must fork")
+@pytest.mark.skipif(sys.platform != "linux", reason="its workers must fork")
 def test_too_little_shared_memory_ends_the_run(sounds, tmp_path, capsys, monkeypatch):
     """Docker gives 64 MB. Found out later, as by torch itself, it would be waited for."""
     def full(x):
@@ -2372,6 +2378,8 @@ def test_frozen_features_are_probed(mode, esc, start_from, tmp_path, capsys):
         assert fold["value"] == 1.0  # two tones far apart
         assert fold["l2"] == (1.0 if mode == "linear" else None)
     assert "over 2 folds" in capsys.readouterr().out
+    assert results(tmp_path / "out", "command")[:2] == ["finetune.py", f"--data={esc}"]
+    assert results(tmp_path / "out", "machine").startswith("cpu, 1 threads, float32")
 
 
 def test_many_classes_of_odd_names_are_drawn(start_from, tmp_path):
@@ -2465,11 +2473,16 @@ def test_look_draws_a_clip_and_what_an_encoder_makes_of_it(start_from, tmp_path)
     torch.testing.assert_close(finetune.cls_attention(encoder, x), torch.full((32,), 1 / 33))
 
 
-def test_plot_draws_the_learning_curves(whole_run, tmp_path):
+def test_plot_draws_the_learning_curves(whole_run, tuned, tmp_path, monkeypatch):
     more = b'{"step": 9, "loss": null}\n{"step": 9, "knn_patches": 0.5}\n{"step"'
     (tmp_path / "log.jsonl").write_bytes((whole_run / "log.jsonl").read_bytes() + more)
     assert eat.main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    assert eat.main(["plot", str(tuned)]) == 0
+    loss = [line for line in drawn[0].axes[0].lines if line.get_label().startswith("loss")]
+    assert [list(line.get_xdata()) for line in loss] == [list(range(1, 13))] * 2  # of each fold
 
 # ---- Whatever ends a run, it ends; nothing is lost or mixed up in silence ------------------------
 
@@ -2764,6 +2777,15 @@ def test_a_classifier_is_two_graphs_and_its_scores_are_not_rounded_to_16_bits(re
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         scores = model.eval()(torch.randn(8, 1, 64, 128))
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+
+
+def test_a_card_that_torch_does_not_know_is_one_line(sounds, tmp_path, monkeypatch, capsys):
+    def launch(*_):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nmore words")
+
+    monkeypatch.setattr(EAT, "targets", launch)
+    assert eat.main(flags(sounds, tmp_path)) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("too old: --device cpu")
 
 
 def test_a_compiler_that_fails_is_one_line(sounds, tmp_path, monkeypatch, capsys):
