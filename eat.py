@@ -1202,7 +1202,7 @@ def plot(out):
                 known = [line for line in lines
                          if line.get("fold", "") == fold and line.get(name) is not None]
                 axes.plot([line["step"] for line in known], [line[name] for line in known],
-                          label=f"{name} {fold}".strip())
+                          marker="." if len(known) == 1 else None, label=f"{name} {fold}".strip())
         axes.legend()
         axes.set(xlabel="step", yscale="log" if names[0].endswith(("loss", "decay")) else "linear")
     path = os.path.join(out, "log.png")
