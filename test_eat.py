@@ -2784,6 +2784,7 @@ def test_pre_training_is_one_graph_that_is_compiled_once(drawn):
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(sys.version_info[:3] == (3, 13, 0), reason="its dicts hide eval() from torch")
 @pytest.mark.parametrize("reading", ["CLS", "patches"])
 def test_a_classifier_is_two_graphs_and_its_scores_are_not_rounded_to_16_bits(reading):
     model = Classifier(Encoder(small()), 3, 0.1, reading)
