@@ -111,8 +111,8 @@ def opened(path):
 
 
 def _resampled(waveform, rate):
-    """To 16 kHz, in pieces, as torchaudio takes many times the memory of what it resamples. Of
-    `old` samples come `new`. Around each piece are 32 * old more, so that the filter, which is
+    """To 16 kHz, in pieces, as torchaudio takes many times the memory of what it resamples. `old`
+    samples become `new`. Around each piece are 32 * old more, so that the filter, which is
     narrower, finds what it needs."""
     resampler, pieces = _resampler(rate), []
     old, new = resampler.orig_freq // resampler.gcd, resampler.new_freq // resampler.gcd
@@ -171,7 +171,7 @@ def count_frames(samples):
 
 def spectrogram(waveforms, lengths, frames, mean, std):
     """(B, samples), of which `lengths` (B,) are sound and the rest padding -> (B, 1, frames, 128).
-    As in the release, padded or cut with zeros *before* the normalisation (x - mean) / (2 std)."""
+    As in the release, cut, or padded with zeros *before* the normalisation (x - mean) / (2 std)."""
     x = fbank(waveforms)[:, :frames]
     x = F.pad(x, (0, 0, 0, frames - x.shape[1]))
     place = torch.arange(frames, device=x.device)[:, None]
@@ -195,7 +195,7 @@ def measure_stats(clips):
     for number in np.linspace(0, len(clips) - 1, min(1000, len(clips))).astype(int).tolist():
         batch = clips[[number]]
         if not len(batch.numbers):
-            raise AudioError(clips.name(0), "neither it nor any other clip can be used")
+            raise UsageError(f"no clip can be used: {describe_skipped(batch.skipped)}")
         x = fbank(batch.waveforms[:, : batch.lengths.item()]).double()
         count += x.numel()
         total += x.sum().item()
@@ -258,7 +258,7 @@ class Clips(Dataset):
         return waveform
 
     def __getitem__(self, numbers):
-        """The batch of some clips. It is the smaller where nothing can be used."""
+        """The batch of some clips; smaller where one is of no use, and none takes its place."""
         rows, used, skipped = [], [], {}
         for number in numbers:
             for k in range(len(self) if self.replace else 1):
@@ -302,12 +302,12 @@ class Clips(Dataset):
 
 def shared(x):
     """What a worker sends goes through shared memory. If that is full, the error comes here, and
-    reaches the main process, which would else wait for ever."""
+    reaches the main process, which would otherwise wait for ever."""
     return x.share_memory_() if torch.utils.data.get_worker_info() else x
 
 
 class SoundFiles:
-    """Sound files as a source of clips. Their lengths are what their headers say."""
+    """Sound files as a source of clips. Their headers tell their lengths, unless they lie."""
 
     packed = False
 
@@ -334,7 +334,7 @@ class SoundFiles:
         return load_audio(self.names[file], start / SAMPLE_RATE, count / SAMPLE_RATE)
 
     def __getitem__(self, file):
-        """All of a file, for a pack: int16 samples, their unit, and the reason where none are."""
+        """All of a file, for a pack: int16 samples, the value of a sample of 1, what is wrong."""
         try:
             waveform = load_audio(self.names[file])
         except AudioError as error:
@@ -445,7 +445,7 @@ def loading(clips, batches, workers, device):
     by none), which end when the block is left, however that happens."""
     # To read a pack is to copy: not worth a process, unless this one is busy driving a card.
     workers = 0 if clips.packed and device.type == "cpu" else workers
-    # Forked also from Python 3.14 on: a worker of its server would outlive a killed parent.
+    # Python 3.14's default is a fork server, whose workers would outlive a killed parent.
     how = "fork" if workers and sys.platform == "linux" else None
     loader = iter(DataLoader(  # without a batch size: `clips` itself makes the batches
         clips, batch_size=None, sampler=batches, num_workers=workers, multiprocessing_context=how,
@@ -476,9 +476,9 @@ def _settle_worker(_):
 
 
 def pack(source, out, workers):
-    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. A file in which
-    reading fails keeps its name alone. Of the others nothing is lost but what 16 bits at 16 kHz
-    cannot hold: one whose peak is over 1 is scaled down, and its unit says by how much."""
+    """Decode all sound in `source` (as in `find_audio`) into the folder `out`. Of a file that
+    cannot be read only the name is kept. Of the others nothing is lost but what 16 bits at 16 kHz,
+    mono, cannot hold: one whose peak is over 1 is scaled down, and its unit says by how much."""
     lists = [os.path.join(source, name) for name in ("train.tsv", "eval.tsv")]
     manifests = all(map(os.path.exists, lists))  # they may list sound that lies elsewhere
     paths = find_audio(lists[0] if manifests else source)
@@ -688,16 +688,14 @@ def _esc(path, esc10, _):
 
 
 def _speech_commands(path, *_):
-    """Speech Commands: a folder a word, and two lists; what is on neither is for training."""
+    """Speech Commands: a folder a word, and lists of clips to test on and to leave out."""
     places = {}
     for part, place in (("testing", "test list"), ("validation", None)):
         for line in read_lines(os.path.join(path, f"{part}_list.txt")):
             places[os.path.normpath(os.path.join(path, line.strip()))] = place
-    rows = []
-    for name, words in _folders_of_classes(path):  # _background_noise_ is no class
-        place = places.get(os.path.normpath(name), "train")
-        if place:
-            rows.append((name, words, place))
+    rows = [(name, words, places.get(os.path.normpath(name), "train"))
+            for name, words in _folders_of_classes(path)]  # _background_noise_ is no class
+    rows = [row for row in rows if row[2]]  # without those of the validation list
     return "Speech Commands", rows, sorted({word for _, (word,), _ in rows})
 
 
@@ -828,7 +826,7 @@ def run(program, job):
     try:
         return job() or 0
     except KeyboardInterrupt as error:
-        number, more = error.args or (signal.SIGINT, "")  # at the end of a step, or anywhere
+        number, more = error.args or (signal.SIGINT, "")  # train's own, or Python's, without args
         said, status = f"stopped by {signal.Signals(number).name}{more}", 128 + number
     except UsageError as error:
         said, status = error, 2

@@ -513,10 +513,10 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
     parts = shares(order, recipe.batch_size, size, machine.rank, machine.world)
     parameters = list(model.parameters())  # once, as EAT.pairs
     bad_in_a_row = torch.zeros((), device=device)  # steps whose gradients were not finite
-    rows = []  # a step's losses and norm of the gradient, each, since the last line of the log
+    rows = []  # of each step since the log's last line: its losses, and its gradient's norm
     log = Log(recipe.out if saving else None, step, recipe.steps, machine, clips)
     due = step % (recipe.probe_every or recipe.steps) == 0 or step == recipe.steps
-    if due and step not in log.probes:  # or a stop came first
+    if due and step not in log.probes:  # not yet: a new run, or a stop came first
         log.probe(step, model.student, labelled)
 
     def save(must=False):
@@ -545,7 +545,7 @@ def train(config, recipe, clips, machine, resumed=None, labelled=None, saving=Tr
                 with machine.autocast():
                     found = net(x, mask)  # x: (B, 1, T, 128)
                 scaler.scale(found["loss"] / recipe.accumulate).backward()
-                losses.append(torch.stack([*found.values()]).detach())  # copied; graphs reuse it
+                losses.append(torch.stack([*found.values()]).detach())  # a copy, as graphs reuse it
 
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate(step + 1)
@@ -652,7 +652,7 @@ def features(encoder, config, clips, numbers, machine, read=read_features):
 def nearest_neighbours(bank, bank_targets, queries, k=10):
     """Scores (m, classes) of queries (m, width): each of the k nearest in the bank (n, width) adds
     its cosine similarity, of standardised features, to its classes, bank_targets (n, classes)."""
-    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # one clip: 0
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # of one clip 0
     bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
     found = [(part @ bank.T).topk(min(k, len(bank))) for part in queries.split(1024)]  # for memory
     similarity, nearest = map(torch.cat, zip(*found))
@@ -673,7 +673,7 @@ def probe(encoder, labelled, machine):
         found["knn_" + kind.lower().replace(" ", "_")] = float(np.mean(right))
     return found
 
-# ---- Where a run computes, and what may stop it -------------------------------------------------
+# ---- Where a run computes, and what may stop it --------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -792,7 +792,8 @@ def dense_convolution(x, conv):
 @contextlib.contextmanager
 def stop_signals():
     """Ctrl-C, SIGTERM and SIGHUP (a lost terminal) ask a run to end after the step at hand, with a
-    checkpoint; the same once more ends it at once -> a list that gets the signal's number."""
+    checkpoint; the same once more (but not under torchrun) ends it at once -> a list that gets the
+    signal's number."""
     caught, before = [], {}
 
     def catch(number, _):
@@ -828,8 +829,9 @@ class Log:
             keep = keep or (lambda line: 0 < step >= line["step"])
             lines = [line for line in read_log(out) if keep(line)]
             self.probes = {line["step"] for line in lines if "knn_cls" in line}
-            Path(self.path + ".part").write_text("".join(json.dumps(x) + "\n" for x in lines))
-            os.replace(self.path + ".part", self.path)
+            with contextlib.suppress(OSError):  # a full disk: then they stay
+                Path(self.path + ".part").write_text("".join(json.dumps(x) + "\n" for x in lines))
+                os.replace(self.path + ".part", self.path)
 
     def write(self, step, names, rows, **more):
         """A line with the means of some steps' named scalars (of which the gradient's norm is the
@@ -857,7 +859,7 @@ class Log:
         self.name_skipped(self.clips, who)
         if line["not_finite"] and self.machine.rank == 0:
             tqdm.write(f"step {step}: the gradients of {line['not_finite']} of the last {steps} "
-                       "steps were not finite, and taught the student nothing", sys.stderr)
+                       "steps were not finite, and taught the model nothing", sys.stderr)
         self.step, self.since = step, time.perf_counter()
         return line
 
@@ -894,7 +896,7 @@ class Log:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                tqdm.write(f"{self.path}: {error.strerror}; line {line['step']} is lost",
+                tqdm.write(f"{self.path}: {error.strerror}; step {line['step']}'s line is lost",
                            sys.stderr)
 
 
@@ -1000,8 +1002,8 @@ def fill(module, tensors, path):
         module.load_state_dict(tensors)
     except RuntimeError as error:
         said = " ".join(str(error).split())  # begins "Error(s) in loading state_dict for EAT: "
-        raise UsageError(f"{path}: {said[said.find(':') + 2 :][:400]} ...; --init, --dim, --depth "
-                         "must be what it was made with") from None
+        raise UsageError(f"{path}: {said[said.find(':') + 2 :][:400]} ...; was it made with other "
+                         "--dim, --depth, or by another version?") from None
     return module
 
 
@@ -1079,8 +1081,8 @@ def our_name(name):
 
 
 def sizes_of(model):
-    """The width and depth that a model's tensors have, whatever its file says: so that no file's
-    words can ask for far more memory than it holds."""
+    """The width and depth that a model's tensors have. They count, not what the file's words say,
+    which could ask for far more memory than it holds."""
     encoder = encoder_of(model)
     if "patches.proj.bias" not in encoder:
         raise ValueError(f"no encoder in it; it has {', '.join(sorted(model)[:3]) or 'no tensors'}")
@@ -1233,8 +1235,7 @@ def bench(**given):
 
     formula = {torch.ops.aten.convolution_backward: flops_of_convolution_backward}
     # On "meta" nothing is computed. (On a CPU the counter leaves the fused attention out.)
-    with (torch.device("meta"),
-          FlopCounterMode(display=False, custom_mapping=formula) as counter):
+    with torch.device("meta"), FlopCounterMode(display=False, custom_mapping=formula) as counter:
         EAT(config)(torch.empty(1, 1, config.frames, MEL_BINS))["loss"].backward()
     flops = counter.get_total_flops() * recipe.batch_size
     sound = types.SimpleNamespace(packed=True, read=random_clip)
@@ -1248,16 +1249,15 @@ def bench(**given):
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     size = 8192 if machine.device.type == "cuda" else 2048
     square = torch.randn(size, size, device=machine.device).to(machine.dtype)
-    timer = Timer("square @ square", globals={"square": square},
-                  num_threads=torch.get_num_threads())
+    timer = Timer("x @ x", globals={"x": square}, num_threads=torch.get_num_threads())
     rate = 2 * size**3 / timer.blocked_autorange(min_run_time=1).median
     found |= {"matrix_tflops": rate / 1e12, "share_of_matrix_rate": flops / taken / rate}
     print(json.dumps(found, indent=1))
 
 # ---- Command line --------------------------------------------------------------------------------
 
-# What a resumed run may be given anew. (Parts of a batch draw other masks. Machine's flags may
-# change too, and round otherwise.)
+# Flags that may change when a run is resumed. (With another --accumulate it draws other masks.
+# Machine's flags may change, too; then results are rounded differently.)
 MAY_CHANGE = {"data", "out", "resume", "accumulate", "log_every", "save_every", "probe",
               "probe_every"}
 
@@ -1294,7 +1294,7 @@ def resume(given, own):
 
 
 def choose_preset(given, start, machine):
-    """Where --preset does not say. `start`: the checkpoint of --init, or None."""
+    """The preset, where --preset names none. `start`: the checkpoint of --init, or None."""
     if start and "processes" in start:  # a run of ours
         return start["recipe"].get("preset", "base")
     if start:
@@ -1322,7 +1322,7 @@ def choose_parts(batch_size, config, machine):
 
 
 def choose_steps(recipe, config, clips, machine):
-    """How long to train, where neither --steps nor the preset says."""
+    """How many steps: by --hours, or where neither --steps nor the preset says."""
     if recipe.hours:
         trial = dataclasses.replace(recipe, steps=30, log_every=10, save_every=30, probe_every=30)
         rate = train(config, trial, clips, machine, saving=False)["steps_per_second"]
@@ -1347,7 +1347,7 @@ def settle(given, machine, resumed=None):
     values = {**RECIPES.get(preset, {}), **given, "preset": preset}
     recipe = settings(Recipe, values)  # refuses what cannot be, before anything is read
     if recipe.hours and "steps" in given:
-        raise UsageError("--hours and --steps: one of them decides how long to train")
+        raise UsageError("--hours and --steps: give one of them")
     sizes = start["config"] if start else PRESETS[preset]
     config = settings(EATConfig, sizes, given)
     clips = open_clips(recipe.data, config.frames, recipe.seed, training=True)
@@ -1388,7 +1388,7 @@ def describe(config, recipe, clips, machine, labelled, resumed):
           f"{recipe.seed}")
     print(f"machine  {machine}")
     if labelled:
-        trained_on = {whole_name(name) for name in clips.source.names if recipe.data != "demo"}
+        trained_on = {whole_name(clips.name(k)) for k in range(len(clips)) if recipe.data != "demo"}
         both = len(trained_on.intersection(labelled.clips.source.names))
         print(f"probe    {labelled}; chance {1 / len(labelled.classes):.0%}"
               + (f"; {both:,} of its files are trained on, without labels" if both else ""))

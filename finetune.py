@@ -7,7 +7,7 @@
     python finetune.py look CLIP                                             a clip as EAT sees it
     python finetune.py look CLIP --checkpoint out/last.pt                    what the encoder sees
 
-The recipes but `small` are the release's. Without --checkpoint the encoder has random weights: the
+All recipes but `small` are the release's. Without --checkpoint the encoder has random weights: the
 baseline.
 """
 
@@ -38,9 +38,9 @@ from eat import MEL_BINS, PATCH, EATConfig, Encoder, Machine, option
 
 class Classifier(nn.Module):
     """An encoder with a head: (B, 1, T, 128) -> logits (B, classes). `classes`: names, or how many.
-    The head reads "CLS", as the release's does, or "patches", which holds more of a small encoder's
-    knowledge (see eat.readings), over the first `filled` (B,) time steps of 16 frames of each clip:
-    those that hold sound; by default all."""
+    The head reads "CLS", as the release's does, or "patches", which tells more of what a small
+    encoder knows (see eat.readings): over the first `filled` (B,) time steps of 16 frames, those
+    that hold sound; by default over all."""
 
     def __init__(self, encoder, classes, drop_path=0.0, reading="CLS"):
         super().__init__()
@@ -95,12 +95,14 @@ class FineTune:
     resume: bool = option(False, "go on with the run in --out, after its last finished fold")
     esc10: bool = option(False, "use the ten classes of ESC-10 out of ESC-50")
     fold: int = option(None, "run one fold of ESC-50 instead of all five")
-    shots: str = option(None, "with --mode linear: accuracy against clips a class, as 1,2,4,8")
+    shots: str = option(None, "with --mode linear: accuracy with so many labelled clips of each "
+                       "class, such as 1,2,4,8")
     preset: str = option("tiny", "sizes of an encoder with random weights",
                          choices=tuple(eat.PRESETS))
-    frames: int = option(None, "length of a clip, in 10 ms; default: by --data and --recipe")
-    stats: str = option(None, "mean and deviation to normalise with; by recipe, for frozen "
-                        "features the checkpoint's", choices=(*STATS, "checkpoint"))
+    frames: int = option(None, "length of a clip, in frames of 10 ms; default: by --data and "
+                             "--recipe")
+    stats: str = option(None, "mean and deviation to normalise with; default: the recipe's, for "
+                        "frozen features the checkpoint's", choices=(*STATS, "checkpoint"))
     reading: str = option("CLS", "what fine-tuning's head reads", choices=("CLS", "patches"))
     steps: int = option(4000, "optimizer updates")
     batch_size: int = option(48, "clips an update")
@@ -122,7 +124,7 @@ class FineTune:
     noise: bool = option(False, "add uniform noise, and roll the spectrogram by -10 to 9 frames")
     label_smoothing: float = option(0.0, "without effect under mixup", most=1)
     loss: str = option("ce", "cross entropy, or binary cross entropy", choices=("ce", "bce"))
-    weighted: bool = option(False, "draw 200,000 clips an epoch by their sampling weights")
+    weighted: bool = option(False, "draw clips by their sampling weights, 200,000 at a time")
     neighbours: int = option(10, "k of --mode knn")
     l2: float = option(None, "--mode linear: penalty l2 / 2 * |w|^2 beside the summed loss; "
                        "default: the best of 1, 10, 100, 1000 on a quarter of the training clips",
@@ -173,8 +175,7 @@ def roll_and_gain(waveforms, lengths, rng):
 
 
 def add_noise_and_roll(x, rng):
-    """Uniform noise of a random height up to 0.1, and a roll by -10 to 9 frames; each clip its
-    own."""
+    """For each clip anew: uniform noise, up to 0.1 high, and a roll by -10 to 9 frames."""
     height = torch.from_numpy(rng.random(len(x)) / 10).to(x)[:, None, None, None]
     x = x + height * torch.from_numpy(rng.random(x.shape, dtype=np.float32)).to(x)
     shifts = rng.integers(-10, 10, len(x)).tolist()
@@ -182,15 +183,13 @@ def add_noise_and_roll(x, rng):
 
 
 def mixup(x, targets, alpha, rng):
-    """The batch mixed with itself flipped, one lambda ~ Beta(alpha, alpha) for all, and so the
-    labels."""
+    """Batch and labels, each mixed with itself flipped; one lambda ~ Beta(alpha, alpha) for all."""
     share = rng.beta(alpha, alpha)
     return share * x + (1 - share) * x.flip(0), share * targets + (1 - share) * targets.flip(0)
 
 
 def spec_augment(x, ratio, seed):
-    """One band of fewer than ratio * 128 mel bins and one of fewer than ratio * T frames, each clip
-    its own, set to 0."""
+    """Of each clip, set one band of mel bins and one of frames, each below `ratio`, to 0."""
     torch.manual_seed(seed)
     for axis in (3, 2):
         x = torchaudio.functional.mask_along_axis_iid(x, int(ratio * x.shape[axis]), 0.0, axis)
@@ -242,7 +241,7 @@ def metric(scores, targets, multi_label):
 
 def evaluate(scores, targets, classes, multi_label):
     """-> {"metric", "value", "per_class" (None for a class that has no clip, which counts nowhere),
-    and of one label a clip "confusion"}."""
+    and, where each clip has one label, "confusion"}."""
     result = {"metric": "mAP" if multi_label else "accuracy",
               "value": metric(scores, targets, multi_label)}
     if multi_label:
@@ -273,7 +272,7 @@ def make_optimizer(model, recipe):
 
 
 def training_order(train, data, recipe, seed):
-    """The clips that training sees, as numbers among those of `train`, without end."""
+    """The clips to train on, without end, each as its position in `train`."""
     if recipe.weighted:
         generator = torch.Generator().manual_seed(seed_of(seed))
         weights = data.weights[train].double()
@@ -284,7 +283,7 @@ def training_order(train, data, recipe, seed):
 
 
 def fit(model, data, fold, config, recipe, machine, log, caught):
-    """Train a Classifier on one fold -> whether it got to the end, or a signal ended it."""
+    """Train a Classifier on one fold -> True at its end, False if a signal came first."""
     device, train = machine.device, data.folds[fold][0]
     clips = Clips(data.clips.source, config.frames, data.clips.file[train.numpy()])
     clips.skipped = data.clips.skipped
@@ -345,14 +344,14 @@ def probabilities_of(model, x, filled):
 
 def fine_tune(data, start, config, recipe, machine, resumed):
     """Every fold from the same encoder `start`: train, then test once -> {fold: its results}. A
-    finished fold is saved before it is spoken of; where a signal stops one, it will begin anew."""
+    finished fold is saved before its result is printed; one that a signal stops begins anew."""
     done = resumed["done"] if resumed else {}
     data.clips.skipped |= (resumed or {}).get("skipped", {})
     with eat.stop_signals() as caught:
         for fold in [fold for fold in data.folds if fold not in done]:
             tested = data.folds[fold][1].tolist()
             if not any(len(data.clips[[number]].numbers) for number in tested):
-                raise UsageError(f"{fold}: no clip to test on can be read, such as "
+                raise UsageError(f"{fold}: none of the clips to test on can be read, such as "
                                  + printable(data.clips.name(tested[0])))
             torch.manual_seed(seed_of(recipe.seed))
             encoder = Encoder(config)
@@ -383,7 +382,7 @@ def fine_tune(data, start, config, recipe, machine, resumed):
 def linear_probe(bank, targets, queries, penalties, multi_label):
     """Logistic regression on standardised features, for each l2 of some penalties: to the optimum
     of the summed loss + l2 / 2 * |w|^2, by L-BFGS in float64 -> {l2: scores of the queries}."""
-    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # one clip: 0
+    mean, std = bank.mean(0), bank.std(0, correction=min(1, len(bank) - 1)) + 1e-6  # of one clip 0
     bank, queries = (((x - mean) / std).double() for x in (bank, queries))
     # The best weights lie in the span of the clips, so they are sought along its principal axes:
     # there are no more of those than clips, however many features there are.
@@ -531,8 +530,9 @@ def write_results(results, data, recipe, config, **more):
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     axes.imshow(confusion, cmap="Blues")
-    axes.set_xticks(range(len(data.classes)), data.classes, rotation=90, parse_math=False)
-    axes.set_yticks(range(len(data.classes)), data.classes, parse_math=False)
+    names = [printable(name) for name in data.classes]
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set(xlabel="predicted", ylabel="label", title=f"{kind}: {summary(results[kind])}")
     for (row, column), count in np.ndenumerate(confusion):
         if count and len(data.classes) <= 100:
@@ -550,11 +550,11 @@ def read_files(model, config, path, machine, read, every=None, average=False):
     a row a window; or the rows' `average` by how much sound each window holds."""
     if path == "demo":
         raise UsageError("demo: has no files; expected sound")
-    hop, least = config.frames * SHIFT, WINDOW  # samples: between windows; that one must have
+    hop, least = config.frames * SHIFT, WINDOW  # samples: from window to window; the fewest in one
     if every and 100 * every > config.frames:
         raise UsageError(f"--every {every}: at most {config.frames / 100}, what the model hears at "
                          "a time")
-    if every:  # each looks at up to twice its time, so that an event on an edge is whole in one
+    if every:  # each hears twice its time (at least 1 s): an event on an edge is whole in one
         hop, least = every * SAMPLE_RATE, 1
         frames = PATCH * math.ceil(max(200 * every, 100) / PATCH)
         config = dataclasses.replace(config, frames=min(config.frames, frames),
@@ -589,7 +589,7 @@ def read_files(model, config, path, machine, read, every=None, average=False):
 
 def predict(args):
     """The likeliest labels of each file, or with --every of each so many seconds of it. The windows
-    of a long file are averaged by what they hold."""
+    of a long file are averaged, weighted by how much sound each holds."""
     model, machine = load_classifier(args.checkpoint), eat.settings(Machine, vars(args))
     if args.labels:
         model.classes = read_labels(args.labels, len(model.classes))
@@ -627,7 +627,7 @@ def read_labels(path, count):
 
 def time_rows(encoder, x, filled):
     """A row every 0.16 s, the 8 frequencies of a time step side by side, averaged over the blocks
-    -> (B, H, 8 * D)."""
+    -> {"rows": (B, H, 8 * D), "filled": (B, 1), how many of them hold sound}."""
     rows = x.new_zeros(len(x), x.shape[2] // PATCH, MEL_BINS // PATCH * encoder.config.dim)
     for count in filled.unique().tolist():  # as eat.read_features: padding changes nothing
         mine = filled == count
@@ -641,7 +641,7 @@ def embed(args):
     every 0.16 s."""
     encoder, machine = eat.load_encoder(args.checkpoint), eat.settings(Machine, vars(args))
     config, out = encoder.config, args.out.removesuffix(".npz") + ".npz"
-    if not args.frames:  # as long as in probing: means and deviations over 1 s say less
+    if not args.frames:  # at least 5 s: means and deviations over 1 s say less
         config = dataclasses.replace(config, frames=max(512, config.frames))
     make_folder(os.path.dirname(out) or ".")
     columns = collections.defaultdict(list)
@@ -698,8 +698,7 @@ def colours(vectors, *others):
 
 
 def cls_attention(encoder, x):
-    """How much the last block's CLS attends to each patch of one clip, averaged over the heads ->
-    (N,)."""
+    """The last block's attention from CLS to each patch of a clip, mean over heads -> (N,)."""
     tokens = encoder.embed(x)
     for block in encoder.blocks[:-1]:
         tokens, _ = block(tokens)
@@ -734,7 +733,11 @@ def look(args):
     else:
         look_at_masks(figure, waveform, image, grid)
     figure.suptitle(printable(os.path.basename(args.clip)), parse_math=False)
-    out = args.out if os.path.splitext(args.out)[1] else args.out + ".png"
+    out = args.out
+    if os.path.isdir(out) or out.endswith("/"):
+        out = os.path.join(out, "look")
+    if not os.path.splitext(out)[1]:
+        out += ".png"
     make_folder(os.path.dirname(out) or ".")
     try:
         figure.savefig(out)
@@ -856,6 +859,7 @@ def train_or_probe(given, command):
         raise UsageError("fine-tuning and probing run in one process: start them without torchrun")
     machine = eat.settings(Machine, given)
     recipe, config, data, start, resumed = settle(given)
+    machine.compile &= recipe.mode == "finetune"  # else nothing runs compiled
     print(f"data     {data}")
     print(f"encoder  {recipe.checkpoint or 'random weights'}: D {config.dim}, {config.depth} "
           f"blocks; clips of {config.frames / 100:.2f} s, mean {config.mean}, deviation "
@@ -871,9 +875,8 @@ def train_or_probe(given, command):
                   f"{recipe.batch_size} clips a fold, learning rate {recipe.lr:.3g}, layer decay "
                   f"{recipe.layer_decay}, {recipe.loss}, mixup {recipe.mixup}; head on "
                   f"{recipe.reading}; seed {recipe.seed}", flush=True)
-            folds = fine_tune(data, start, config, recipe, machine, resumed)
-            results = {"fine-tuned": folds}
-            print(f"fine-tuned: {summary(folds)}")
+            results = {"fine-tuned": fine_tune(data, start, config, recipe, machine, resumed)}
+            print(f"fine-tuned: {summary(results['fine-tuned'])}")
         else:
             results = (shots if recipe.shots else probe)(data, start, config, recipe, machine)
         if data.clips.skipped:
@@ -901,14 +904,14 @@ def main(argv=None):
         parser.add_fields(Machine)
     if command == "predict":
         parser.add_argument("clips", nargs="+", help="sound files, folders, lists or packs")
-        parser.add_argument("--top", type=int, default=5, help="labels a row [5]")
+        parser.add_argument("--top", type=int, default=5, help="how many labels to print [5]")
         parser.add_argument("--every", type=float, help="a row for every so many seconds")
         parser.add_argument("--labels", help="names of the classes: a csv of index, id, name, or a "
                                              "name a line")
     if command == "embed":
         parser.add_argument("path", help="a sound file, a folder, a list or a pack")
         parser.add_argument("--out", default="features.npz", help="[features.npz]")
-        parser.add_argument("--frames", action="store_true", help="a row every 0.16 s, not a file")
+        parser.add_argument("--frames", action="store_true", help="rows of 0.16 s, not of files")
     args = parser.parse_args(words[1:])
     for name in ("top", "every"):
         if getattr(args, name, None) is not None and not getattr(args, name) > 0:

@@ -698,7 +698,7 @@ def wait_for_step(process, out, step):
 
 def end_of(process, status, says=""):
     """Wait for a process to end with a status (None: any but 0), in words and without traceback."""
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     right = process.returncode == status if status is not None else process.returncode
     assert right and says in said and 'eat.py", line' not in said, said
     return said
@@ -754,13 +754,13 @@ for line in sys.stdin:
             said = os.open(f"{folder}/said{k}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND)
             os.dup2(said, 1)
             os.dup2(said, 2)
-            signal.alarm(60)  # what hangs is killed by it
+            signal.alarm(300)  # what hangs is killed by it
             program = globals()[program]
             exec(hook)
             sys.exit(program.main(arguments))
     os.close(held)
     found = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    print(json.dumps([*found, bool(select.select([ended], [], [], 5)[0])]), flush=True)
+    print(json.dumps([*found, bool(select.select([ended], [], [], 60)[0])]), flush=True)
     os.close(ended)
 '''
 
@@ -828,9 +828,9 @@ def test_16_bits_learn_what_float32_learns(precision, sounds, whole_run, tmp_pat
 def test_a_timestamp_is_a_seed_and_hours_become_steps(sounds, whole_run, tmp_path, monkeypatch):
     sound = data.Demo(64, seed=10**18).read(0)
     monkeypatch.setattr(data.Demo, "read", lambda *_: sound)  # the probes alone read 2,400 of them
-    more = ["--hours=1e-9", f"--seed={10**18}", "--stats=audioset"]
-    for name, path in (("a", sounds), ("b", "demo")):
-        assert eat.main(flags(path, tmp_path / name, *more, steps=None)) == 0
+    more = ["--hours=1e-9", f"--seed={10**18}"]
+    for name, path, stats in (("a", sounds, "measure"), ("b", "demo", "audioset")):
+        assert eat.main(flags(path, tmp_path / name, *more, f"--stats={stats}", steps=None)) == 0
         lines = logged(tmp_path / name)  # and nothing of the trial
         assert [line["step"] for line in lines if "loss" in line] == [1]
     assert logged(tmp_path / "a")[0]["loss"] != logged(whole_run)[0]["loss"]
@@ -839,7 +839,7 @@ def test_a_timestamp_is_a_seed_and_hours_become_steps(sounds, whole_run, tmp_pat
 @linux
 def test_two_processes_end_together(sounds, tmp_path):
     """One process dies; a terminal tells torchrun and all its processes; torchrun is told to stop.
-    What holds torchrun's output open is waited for, so nothing is left."""
+    The test waits until no process holds torchrun's output open, so nothing is left."""
     more = ["--workers=1", "--log-every=2", "--save-every=90000"]  # a stop may fall between lines
     runs = {}
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
@@ -941,7 +941,7 @@ def test_a_run_that_goes_wrong_stops_and_keeps_the_last_good_checkpoint(sounds, 
 def test_probing_changes_nothing_and_agrees_with_knn(sounds, whole_run, esc, tmp_path, capsys):
     run = flags(sounds, tmp_path / "run", f"--probe={esc}", "--probe-every=3", "--log-every=2")
     assert eat.main(run) == 0
-    # Its time is not that of the steps in the next line.
+    # A line of averages ends where a probe begins: its time does not count as the steps'.
     assert [line["step"] for line in logged(tmp_path / "run")] == [0, 2, 3, 3, 4, 6, 6, 8, 8]
     said = capsys.readouterr().out
     assert same_runs(tmp_path / "run", whole_run)
@@ -988,6 +988,11 @@ def test_a_probe_starts_anew_says_what_it_probes_on_and_hears_what_finetune_hear
     (tmp_path / "run/log.jsonl").write_text('{"step": 0, "knn_cls": 9}\n{"step": 1, "loss": 9}\n')
     assert eat.main(flags(esc, tmp_path / "run", f"--probe={esc}", steps=1)) == 0
     assert "chance 50%; 8 of its files are trained on" in capsys.readouterr().out
+    for part, name in (("train", "1-1000-A-41.wav"), ("eval", "1-1000-B-41.wav")):
+        (tmp_path / f"{part}.tsv").write_text(f"{esc}/audio\n{name}\t11200\n")
+    pack(tmp_path, tmp_path / "packed")
+    assert eat.main(flags(tmp_path / "packed", tmp_path / "a", f"--probe={esc}", steps=1)) == 0
+    assert "; 1 of its files are trained on" in capsys.readouterr().out
     lines = logged(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [1] and lines[0]["knn_cls"] <= 1
     run = flags(sounds, tmp_path / "other", f"--probe={make_manifests(tmp_path / 'labels')}")
@@ -1040,7 +1045,7 @@ BAD_INPUT = {
         ("--data=nowhere", "no such file or folder"), ("--probe-every=2", "--probe must name"),
         ("--probe=nowhere", "no such folder"), ("--target-blocks=3", "at most depth (2)"),
         ("--data={empty}", "no sound in it"), ("--data={broken}", "none of its files"),
-        ("--data={silent} --stats=measure", "neither it nor any other clip can be used"),
+        ("--data={silent} --stats=measure", "no clip can be used: "),
         ("--heads=5", "heads (5) must divide dim"), ("--frames=100", "multiple of 16"),
         ("--batch-size=6 --accumulate=4", "must be a multiple of 4"),
         ("--out={run} --resume --accumulate=3 --workers=2", "must be a multiple of"),
@@ -1237,7 +1242,7 @@ def test_poor_gradients_cost_fine_tuning_their_steps_only(esc, start_from, tmp_p
     assert [line["not_finite"] for line in lines] == [0, 1, 0, 0]
     assert [line["loss"] is None for line in lines] == [False, True, False, False]
     assert all(x.isfinite().all() for x in weights(tmp_path)[1].values())
-    assert "taught the student nothing" in capsys.readouterr().err
+    assert "taught the model nothing" in capsys.readouterr().err
 
 
 def test_a_second_signal_ends_a_run_at_once():
@@ -1263,7 +1268,10 @@ def test_a_full_disk_does_not_end_the_run(sounds, whole_run, tmp_path, capsys):
     log.append({"step": 1})
     path.unlink()
     log.append({"step": 2})
-    assert [line["step"] for line in logged(tmp_path)] == [2]
+    log.append({"step": 3})
+    (tmp_path / "log.jsonl.part").symlink_to("/dev/full")
+    eat.Log(str(tmp_path), 2, 9, machine_of(), waves())  # cannot take the last one out
+    assert [line["step"] for line in logged(tmp_path)] == [2, 3]
     assert "log.jsonl: No space left on device" in capsys.readouterr().err
 
 
@@ -1352,9 +1360,7 @@ def test_our_encoder_survives_export(name, dtype, whole_run, tmp_path):
     ours, back = eat.load_encoder(source), eat.load_encoder(target)
     for key, tensor in ours.state_dict().items():
         assert torch.equal(back.state_dict()[key], tensor.to(dtype).float()), key
-    for key in ("dim", "depth", "heads", "frames", "mean", "std", "norm_eps", "clones",
-                "utterance_weight"):
-        assert getattr(back.config, key) == getattr(ours.config, key), key
+    assert back.config == ours.config
     with pytest.raises(UsageError, match="an encoder alone"):
         eat.load_pretrained(target)
     if name == "hf":
@@ -1887,7 +1893,7 @@ def test_packed_sound_gives_the_same_results(sounds, esc, whole_run, tuned, star
 
 
 def test_packed_clips_take_little_memory(tmp_path):
-    """At most 300 bytes a clip, which is 600 MB for AudioSet-2M. The samples are a hole."""
+    """At most 300 bytes a clip, which is 600 MB for AudioSet-2M. The file of samples is sparse."""
     count, size = 200_000, data.clip_samples(16)
     about = {"source": "/sound", "names": [f"/sound/{k:08}" for k in range(count)], "skipped": {},
              "ends": [size * k for k in range(1, count + 1)], "units": [1 / 32768] * count}
@@ -2039,8 +2045,7 @@ def test_manifests_have_several_labels_a_clip(tmp_path, capsys):
     assert set(drawn) == {2, 3} and np.mean(np.equal(drawn, 3)) == pytest.approx(0.75, abs=0.02)
     for k in (2, 3):  # those of weight 0 are none to train on
         (tmp_path / f"as/{k}.wav").write_text("no sound")
-    run = [f"--data={tmp_path}/as", f"--out={tmp_path}/out", *FINE, "--weighted"]
-    assert finetune.main(run) == 2
+    assert fine(tmp_path / "as", tmp_path / "out", "--weighted") == 2
     assert "eval: no clip to train on can be read" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -2175,7 +2180,8 @@ def blobs(clips, features, seed=0):
 @pytest.mark.parametrize("clips, features, multi_label", [(60, 5, False), (30, 90, False),
                                                           (30, 90, True)])
 def test_the_linear_probe_reaches_the_optimum(clips, features, multi_label):
-    """There the penalty's gradient is the loss's, and the bias of every clip is the same."""
+    """There the gradients of loss and penalty cancel, which gives the weights; what is left of the
+    scores, the bias, is the same for every clip."""
     x, targets = blobs(clips, features)
     z = ((x - x.mean(0)) / x.std(0)).double()
     scores, l2 = finetune.linear_scores(x, targets, x, 3.0, multi_label)
@@ -2186,7 +2192,7 @@ def test_the_linear_probe_reaches_the_optimum(clips, features, multi_label):
 
 
 def test_the_linear_probe_chooses_its_penalty_on_training_clips():
-    """Of noisy clips one that is far above 1, and better on others."""
+    """From noisy clips it chooses one far above 1, which is better on other clips, too."""
     (x, targets), (others, right) = blobs(120, 200), blobs(600, 200, seed=1)
     accuracy = {}
     for asked in (None, 1.0):
@@ -2287,8 +2293,7 @@ def test_every_recipe_trains_and_tests(recipe, manifests, start_from, esc, tmp_p
         dataset = make_manifests(tmp_path / "as", weights=recipe == "as2m")
         wanted |= {"loss": "bce", "label_smoothing": 0.0}
     wanted |= {"reading": "patches" if recipe == "small" else "CLS", "seed": 10**18}
-    more = [f"--recipe={recipe}", f"--reading={wanted['reading']}", f"--seed={10**18}"]
-    assert fine(dataset, out, start_from, *more) == 0
+    assert fine(dataset, out, start_from, f"--recipe={recipe}", f"--seed={10**18}") == 0
     assert results(out, "recipe") == results(out, "recipe") | wanted
     for result in results(out)["fine-tuned"].values():
         assert result["metric"] == ("mAP" if manifests else "accuracy")
@@ -2401,7 +2406,7 @@ def test_frozen_features_are_probed(mode, esc, start_from, tmp_path, capsys):
 
 
 def test_many_classes_of_odd_names_are_drawn(start_from, tmp_path):
-    folder = make_classes(tmp_path / "sound", **{f"{k} $_$": 2 for k in range(101)})
+    folder = make_classes(tmp_path / "sound", **{f"{k} $_$ \udce9": 2 for k in range(101)})
     assert fine(folder, tmp_path / "out", start_from, "--mode=knn", "--frames=32") == 0
     picture = (tmp_path / "out/confusion.png").read_bytes()
     assert int.from_bytes(picture[16:20], "big") <= 3000  # pixels
@@ -2472,7 +2477,7 @@ def test_embed_writes_rows_for_files_and_for_time_steps(start_from, tmp_path):
 @torch.no_grad()
 def test_look_draws_a_clip_and_what_an_encoder_makes_of_it(start_from, tmp_path):
     clip, out = str(tone(tmp_path / "$_$.wav")), tmp_path / "look.png"  # no formula
-    for name, *more in ((out,), (tmp_path / "look", start_from, f"--seed={10**20}")):
+    for name, *more in ((out,), (f"{tmp_path}/",), (tmp_path / "look", start_from, "--seed=-9")):
         assert finetune.main(["look", clip, f"--out={name}", *more]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")
         out.unlink()
@@ -2663,8 +2668,7 @@ def test_all_folds_start_from_one_checkpoint(esc, whole_run, tuned, tmp_path, mo
     assert fine(esc, tmp_path, *run) == 0
     assert same_runs(tmp_path, tuned) and results(tmp_path) == results(tuned)
     used.unlink()  # a run that goes on has it
-    again = [f"--data={esc}", f"--out={tmp_path}", *FINE, *run, "--resume"]
-    assert finetune.main(again) == 0 and results(tmp_path) == results(tuned)
+    assert fine(esc, tmp_path, *run, "--resume") == 0 and results(tmp_path) == results(tuned)
 
 
 @pytest.mark.parametrize("mode", ["finetune", "linear", "knn", "linear --shots=1", "probe"])
