@@ -1043,7 +1043,7 @@ def test_a_trial_comes_after_all_that_may_be_refused_and_can_be_stopped(sounds, 
 BAD_INPUT = {
     "eat": [
         ("--data=nowhere", "no such file or folder"), ("--probe-every=2", "--probe must name"),
-        ("--probe=nowhere", "no such folder"), ("--target-blocks=3", "at most depth (2)"),
+        ("--probe=nowhere", "no such folder"), ("--target-blocks=3", "exceeds depth"),
         ("--data={empty}", "no sound in it"), ("--data={broken}", "none of its files"),
         ("--data={silent} --stats=measure", "no clip can be used: "),
         ("--heads=5", "heads (5) must divide dim"), ("--frames=100", "multiple of 16"),
