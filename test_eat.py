@@ -630,7 +630,7 @@ def test_bench_reports_what_fits_together(capsys):
 
 
 def write(path, samples, rate=16_000, kind=None):
-    soundfile.write(path, samples, rate, kind)
+    soundfile.write(os.fsencode(path), samples, rate, kind)
     return path
 
 
