@@ -911,7 +911,7 @@ def main(argv=None):
     if command == "embed":
         parser.add_argument("path", help="a sound file, a folder, a list or a pack")
         parser.add_argument("--out", default="features.npz", help="[features.npz]")
-        parser.add_argument("--frames", action="store_true", help="rows of 0.16 s, not of files")
+        parser.add_argument("--frames", action="store_true", help="a row every 0.16 s, not a file")
     args = parser.parse_args(words[1:])
     for name in ("top", "every"):
         if getattr(args, name, None) is not None and not getattr(args, name) > 0:
